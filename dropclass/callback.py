@@ -46,7 +46,7 @@ class DropClassCallback(Callback):
         lam,drop_prob = as_schedule(lam, 'lam'),as_schedule(drop_prob, 'drop_prob')
         never_drop = (never_drop,) if isinstance(never_drop, (str,int)) else tuple(never_drop)
         store_attr()
-        self.head,self.drop_logits,self.rows,self.fitting = None,None,[],False
+        self.drop_head,self.drop_logits,self.rows,self.fitting = None,None,[],False
 
 # %% ../nbs/30_callback.ipynb #c261a56b
 def class_names(
@@ -73,12 +73,12 @@ def _num_classes(dls):
 def setup_head(self:DropClassCallback) -> bool: # Was a head added?
     "Find the model's head, or add one, and hand it the callback's options."
     options = {k:v for k in ('average','scale','predict','detach') if (v := getattr(self, k)) is not None}
-    self.head = get_head(self.model)
-    added = self.head is None
+    self.drop_head = get_head(self.model)
+    added = self.drop_head is None
     if added:
-        self.head = add_dropclass(self.model, _num_classes(self.dls), self.classifier, self.probe, seed=self.seed, **options)
-    for k,v in options.items(): setattr(self.head, k, v)
-    self.names = class_names(self.dls, self.head.out_channels)
+        self.drop_head = add_dropclass(self.model, _num_classes(self.dls), self.classifier, self.probe, seed=self.seed, **options)
+    for k,v in options.items(): setattr(self.drop_head, k, v)
+    self.names = class_names(self.dls, self.drop_head.out_channels)
     unknown = [o for o in self.never_drop if o not in self.names and o not in range(len(self.names))]
     if unknown: raise ValueError(f"`never_drop` names {unknown[0]!r}, which is no class; the classes are {', '.join(self.names)}")
     never = {self.names.index(o) if isinstance(o, str) else o for o in self.never_drop}
@@ -112,8 +112,8 @@ def before_fit(self:DropClassCallback):
     if mixing: raise ValueError(f"{type(mixing[0]).__name__} blends the labels of two images, so no class can be masked: train without it, or without DropClassCallback")
     spec = getattr(self.dls, 'spec', None)
     if spec is not None: check_void(self.loss_func, spec.ignore_index)
-    if self.setup_head(): extend_optimizer(self.learn, self.head)
-    self.head.to(next(self.model.parameters()).device)
+    if self.setup_head(): extend_optimizer(self.learn, self.drop_head)
+    self.drop_head.to(next(self.model.parameters()).device)
     self.rows,self.fitting = [],True
     self.add_columns()
 
@@ -121,8 +121,8 @@ def before_fit(self:DropClassCallback):
 def after_fit(self:DropClassCallback):
     "Leave nothing behind: no armed mask, no columns, no reference to a batch."
     self.fitting = False
-    if self.head is not None: self.head.keep_mask,self.head.both_in_eval = None,False
-    self.drop_logits = self.keep_mask = self.target = self.head = None
+    if self.drop_head is not None: self.drop_head.keep_mask,self.drop_head.both_in_eval = None,False
+    self.drop_logits = self.keep_mask = self.target = self.drop_head = None
     self.remove_columns()
 
 # %% ../nbs/30_callback.ipynb #e346a454
@@ -141,16 +141,16 @@ def before_batch(self:DropClassCallback):
     if not self.fitting: return
     if self.training: self.now = self.step_state()
     else: self.keep_mask = torch.ones(len(self.names))
-    if self.training and self.now['lam']>=.5: self.head.mark_trained()
-    self.head.both_in_eval = self.both_paths and not self.training
-    if self.training or self.both_paths: self.head.keep_mask = self.keep_mask
+    if self.training and self.now['lam']>=.5: self.drop_head.mark_trained()
+    self.drop_head.both_in_eval = self.both_paths and not self.training
+    if self.training or self.both_paths: self.drop_head.keep_mask = self.keep_mask
 
 # %% ../nbs/30_callback.ipynb #45a3411b
 @patch
 def after_pred(self:DropClassCallback):
     "Hand one path on, keep the other."
-    if not self.fitting or self.head.keep_mask is None: return
-    self.head.keep_mask,self.head.both_in_eval = None,False
+    if not self.fitting or self.drop_head.keep_mask is None: return
+    self.drop_head.keep_mask,self.drop_head.both_in_eval = None,False
     if not isinstance(self.pred, Tensor):
         raise TypeError(f"The model returns {type(self.pred).__name__}, which fastai's losses cannot take: wrap it, as in Learner(dls, OutputAdapter(model), ...)")
     logits,self.drop_logits = split_paths(self.pred, len(self.yb[0]))
@@ -166,7 +166,7 @@ def compare_paths(self:DropClassCallback,
     n = len(logits)
     losses = [float(self.loss_func(o, *self.yb)) for o in (logits, self.drop_logits)]
     self.valid_sums = [a+n*b for a,b in zip(self.valid_sums, losses+[1.])]
-    path = self.head.predicts
+    path = self.drop_head.predicts
     self.learn.pred = {'plain':logits, 'drop':self.drop_logits}.get(path, (logits+self.drop_logits)/2)
     self.drop_logits = None
 
@@ -219,7 +219,7 @@ def epoch_parts(self:DropClassCallback) -> list: # Means of plain, masked, suppr
 @patch
 def drop_share(self:DropClassCallback) -> float: # 0 plain path, 1 drop path, 0.5 their mean
     "Say which path predicts, and so which one the metrics are about."
-    return {'plain':0., 'drop':1., 'mean':.5}[self.head.predicts]
+    return {'plain':0., 'drop':1., 'mean':.5}[self.drop_head.predicts]
 
 # %% ../nbs/30_callback.ipynb #fe3d74e6
 @patch(as_prop=True)

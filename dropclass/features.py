@@ -43,14 +43,16 @@ def sample_keep_mask(
     droppable:list|None=None, # Labels of the classes that may be dropped; None allows all
 ) -> Tensor: # Mask (C,) on the CPU: 1 = kept, 0 = dropped
     "Draw one class and drop it with probability `drop_prob`, Eq. (3)."
-    labels = range(check_num_classes(num_classes)) if droppable is None else list(droppable)
-    if not labels or any(not 0<=c<num_classes for c in labels):
-        raise ValueError(f"`droppable` must list labels in 0..{num_classes-1}, at least one, got {list(labels)}")
+    check_unit(drop_prob, 'drop_prob')
+    check_num_classes(num_classes)
+    labels = list(range(num_classes) if droppable is None else droppable)
+    if not labels or any(c not in range(num_classes) for c in labels):
+        raise ValueError(f"`droppable` must list labels in 0..{num_classes-1}, at least one, got {labels}: name the classes by their numbers")
     device = 'cpu' if generator is None else generator.device
     drawn = torch.randint(len(labels), (1,), generator=generator, device=device).item()
     coin = torch.rand(1, generator=generator, device=device).item()
     keep_mask = torch.ones(num_classes)
-    if coin<check_unit(drop_prob, 'drop_prob'): keep_mask[labels[drawn]] = 0
+    if coin<drop_prob: keep_mask[labels[drawn]] = 0
     return keep_mask
 
 # %% ../nbs/11_features.ipynb #99b5dfde
@@ -66,13 +68,14 @@ def dropped_class(
 def class_weights(
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     average:str='all', # Divide by 'all' classes (the paper) or by the 'kept' ones (the authors' code)
-) -> Tensor: # Weight of each class in the average (C,)
+) -> Tensor: # Weight of each class in the average (C,), float64 on the CPU: a third must not be rounded before its use
     "Turn a keep mask into the weights of Eq. (4)."
     check_choice(average, ('all','kept'), 'average')
     if keep_mask.ndim!=1: raise ValueError(f"`keep_mask` must be (C,), one number per class, got shape {tuple(keep_mask.shape)}")
-    count = len(keep_mask) if average=='all' else keep_mask.sum()
-    if count==0: raise ValueError("`keep_mask` keeps no class, so there is nothing to average: keep at least one")
-    return keep_mask/count
+    keep = keep_mask.cpu().double()
+    if not torch.compiler.is_compiling() and not keep.any(): # A value cannot be asked for while a graph is recorded
+        raise ValueError("`keep_mask` keeps no class, so there is nothing to average: keep at least one")
+    return keep/(len(keep) if average=='all' else keep.sum())
 
 # %% ../nbs/11_features.ipynb #8c4aacba
 def average_kept(

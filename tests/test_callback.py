@@ -1,0 +1,598 @@
+"DropClassCallback among fastai's own tools: savers, stoppers, loggers, predictions, export, U-Nets, networks that return dicts, and interrupted fits."
+import copy
+import csv
+import pickle
+import sys
+import types
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from fastai.vision.all import (AvgMetric, Callback, CancelFitException, CrossEntropyLossFlat, CSVLogger, DataBlock, EarlyStoppingCallback, FetchPredsCallback,
+                               GradientClip, ImageBlock, IndexSplitter, Learner, LossMetrics, MaskBlock, OptimWrapper, Recorder, SaveModelCallback,
+                               SegmentationDataLoaders, get_c, load_learner, minimum, params, resnet18, unet_learner)
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+
+from dropclass.callback import DropClassCallback
+from dropclass.core import VOID
+from dropclass.head import add_dropclass, compensation_block, get_head, remove_dropclass
+from dropclass.models import OutputAdapter, create_model
+from dropclass.testing import ToyNet, toy_batch, toy_dls, toy_learner, test_same as same_bits
+
+pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*insecure.*', 'ignore:.*IPython.*')
+same_bits.__test__ = False
+COLUMNS = ['plain_loss', 'masked_loss', 'suppression_loss', 'valid_plain', 'valid_drop', 'drop_share']
+CODES = ['road', 'car', 'sky', 'person']
+
+
+def block(model): return [p.detach().clone() for p in get_head(model).compensation.parameters()]
+
+def moved(before, model): return [not torch.equal(a, b) for a,b in zip(before, block(model))]
+
+def fresh_block(model, seed=0):
+    "The block as it is before the first step."
+    return [p.detach() for p in compensation_block(get_head(model).classifier.in_channels, seed=seed).parameters()]
+
+def assert_clean(learn, loss_func=None):
+    "Nothing armed, nothing hooked in, no columns; evaluation and a plain training forward give N rows."
+    head = get_head(learn.model)
+    assert (head.keep_mask, head.both_in_eval, head.one_path)==(None, False, None)
+    assert not [o.name for o in learn.metrics if getattr(o, 'of_dropclass', False)]
+    if loss_func is not None: assert learn.loss_func is loss_func
+
+def rows_of(cb): return [(o['step'], o['lam'], o['drop_prob'], o['dropped_class']) for o in cb.rows]
+
+def records(learn): return [dict(zip(learn.recorder.metric_names[1:], o)) for o in learn.recorder.values]
+
+
+# ---- savers and stoppers
+
+class Raise(Callback):
+    "Makes one epoch's validation loss the best, by scaling the others up."
+    order = 45
+    def __init__(self, best): self.best = best
+    def after_loss(self):
+        if not self.training: self.learn.loss = self.loss*(1 if self.epoch==self.best else 10)
+
+
+class Keep(Callback):
+    "Keeps the state dict after each epoch."
+    order = 70
+    def before_fit(self): self.states = []
+    def after_epoch(self): self.states.append(copy.deepcopy(self.model.state_dict()))
+
+
+@pytest.mark.parametrize('best,predicts', [(0, 'plain'), (2, 'drop')])
+@pytest.mark.parametrize('inside', [True, False])
+def test_save_model_brings_the_best_epoch_back(tmp_path, best, predicts, inside):
+    "Weights, head and the flag of the trained drop path are those of the best epoch."
+    cb = DropClassCallback()
+    learn = toy_learner(path=tmp_path, cbs=cb if inside else None)
+    learn.fit(4, cbs=[SaveModelCallback(), Raise(best), keep := Keep()]+([] if inside else [cb]))
+    head = get_head(learn.model)
+    for k,v in learn.model.state_dict().items(): same_bits(v, keep.states[best][k])
+    assert (head.predicts, bool(head.drop_trained))==(predicts, predicts=='drop')
+    assert any((a!=keep.states[3][k]).any() for k,a in learn.model.state_dict().items())
+    x,y = learn.dls.valid.one_batch()
+    probe = toy_learner(seed=5).model
+    add_dropclass(probe)
+    probe.load_state_dict(torch.load(tmp_path/'models/model.pth', weights_only=True))
+    same_bits(probe.eval()(x), learn.model.eval()(x))
+    assert_clean(learn)
+
+
+def test_save_model_every_epoch(tmp_path):
+    "One file per epoch, each with the head, its flag and, if asked for, the optimizer's state of the block."
+    learn = toy_learner(path=tmp_path)
+    learn.fit(4, cbs=[DropClassCallback(), SaveModelCallback(every_epoch=True, with_opt=True), keep := Keep()])
+    files = sorted(p.name for p in (tmp_path/'models').iterdir())
+    assert files==[f'model_{i}.pth' for i in range(4)]
+    for i,flag in enumerate([0., 0., 1., 1.]):
+        state = torch.load(tmp_path/f'models/model_{i}.pth', weights_only=False)
+        for k,v in state['model'].items(): same_bits(v, keep.states[i][k])
+        assert state['model']['classifier.drop_trained']==flag
+    learn.load('model_0', with_opt=True, weights_only=False)
+    assert get_head(learn.model).predicts=='plain'
+    learn.fit(1, cbs=DropClassCallback())
+
+
+@pytest.mark.parametrize('monitor', ['valid_drop', 'valid_plain', 'plain_loss'])
+def test_early_stopping_on_our_columns(capsys, monitor):
+    "Our columns can be monitored; a stopped fit is clean."
+    learn,cb = toy_learner(lr=0.),DropClassCallback(lam=0., drop_prob=0.)
+    learn.model.backbone[1].momentum = 0. # With lr=0 nothing changes, so nothing improves
+    loss_func = learn.loss_func
+    learn.fit(6, cbs=[cb, EarlyStoppingCallback(monitor=monitor, comp=np.less, min_delta=1e-2, patience=2)])
+    assert len(learn.recorder.values)==3 and 'early stopping' in capsys.readouterr().out
+    assert cb.history.epoch.max()==2
+    assert_clean(learn, loss_func)
+    learn.fit(1, cbs=cb)
+    assert len(cb.history)==4
+
+
+# ---- losses
+
+WEIGHT = torch.tensor([.5, 2., 1., 3.])
+
+@pytest.mark.parametrize('loss_func', [nn.CrossEntropyLoss(WEIGHT, ignore_index=VOID), CrossEntropyLossFlat(axis=1, ignore_index=VOID, weight=WEIGHT)],
+                         ids=['torch', 'fastai'])
+def test_class_weights_count_in_every_part(loss_func):
+    "Plain and masked loss are the weighted means over their pixels, worked out from what the step saw."
+    class See(Callback):
+        order = DropClassCallback.order-1 # Sees the drop logits before ours lets them go
+        def after_loss(self):
+            if self.training: self.seen.append((self.pred.detach().clone(), self.learn.drop_class.drop_logits.detach().clone(), self.yb[0].clone()))
+    see = See()
+    see.seen = []
+    cb = DropClassCallback(lam=.3, drop_prob=1., alpha=2.)
+    learn = toy_learner(loss_func=loss_func)
+    learn.fit(1, cbs=[cb, see])
+    for (logits,drop_logits,y),row in zip(see.seen, cb.rows):
+        z,sums = row['dropped_class'],[]
+        for o,ok in ((logits, y!=VOID), (drop_logits, (y!=VOID)&(y!=z))):
+            labels = y.masked_fill(~ok, 0)
+            weight = WEIGHT[labels]*ok
+            cost = -o.log_softmax(1).gather(1, labels[:,None])[:,0]
+            sums.append(((weight*cost).sum()/weight.sum()).item())
+        sup = drop_logits.softmax(1)[:,z].mean().item()
+        assert row['parts'].tolist()==pytest.approx([*sums, sup, .7*sums[0]+.3*sums[1]+2*sup], rel=1e-4)
+    assert learn.loss_func is loss_func
+
+
+# ---- predictions
+
+@pytest.mark.parametrize('inside', [True, False])
+def test_get_preds_and_validate_leave_the_fit_alone(inside):
+    "After a fit, predictions are the model's own, with labels and without, and the history stays."
+    cb = DropClassCallback()
+    learn = toy_learner(cbs=cb if inside else None)
+    learn.fit(3, cbs=None if inside else cb)
+    history,values = cb.history,list(learn.recorder.values)
+    want = learn.model.eval()(torch.stack([x for x,_ in learn.dls.valid.dataset])).detach()
+    preds,targs = learn.get_preds()
+    same_bits(preds, want, 1e-6)
+    same_bits(targs, torch.stack([y for _,y in learn.dls.valid.dataset]))
+    valid_loss = learn.validate()[0]
+    assert valid_loss==pytest.approx(values[-1][1], rel=1e-5)
+    bare = learn.dls.valid.new([(x,) for x,_ in learn.dls.valid.dataset])
+    bare.n_inp = 1
+    same_bits(learn.get_preds(dl=bare)[0], want, 1e-6)
+    losses = learn.get_preds(with_loss=True)[2]
+    assert losses.shape==(4,) and losses.mean().item()==pytest.approx(valid_loss, rel=1e-4)
+    assert cb.history.equals(history)
+    assert_clean(learn)
+
+
+def test_callback_added_to_a_learner_before_predictions():
+    "With `learn.add_cb`, predictions before the first fit neither need an optimizer nor change the model; the fit then trains the block."
+    learn = toy_learner()
+    want = learn.get_preds()[0]
+    learn.add_cb(cb := DropClassCallback())
+    same_bits(learn.get_preds()[0], want)
+    learn.fit(2)
+    assert all(moved(fresh_block(learn.model), learn.model)) and len(cb.history)==8
+    assert_clean(learn)
+
+
+def test_predictions_fetched_inside_a_fit():
+    "A callback that predicts on another DataLoader after each validation does not disturb the validation columns."
+    def columns(*cbs):
+        learn = toy_learner(n=16, cbs=DropClassCallback())
+        learn.fit(2, cbs=cbs)
+        return records(learn)
+    learn = toy_learner()
+    other = learn.dls.train.new(shuffle=False)
+    plain,fetched = columns(),columns(FetchPredsCallback(dl=other))
+    for a,b in zip(plain, fetched): assert [a[k] for k in COLUMNS]==[b[k] for k in COLUMNS]
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Ten small pictures with masks, as files: four classes, and void in a corner."
+    path = tmp_path_factory.mktemp('street')
+    for name in ('images', 'masks'): (path/name).mkdir()
+    x,y = toy_batch(10, 4, size=32)
+    for i in range(10):
+        Image.fromarray(((x[i].permute(1, 2, 0)*40+128).clip(0, 255)).byte().numpy()).save(path/f'images/{i}.png')
+        Image.fromarray(y[i].byte().numpy()).save(path/f'masks/{i}.png')
+    return path
+
+
+def street_dls(folder, bs=4):
+    from fastai.vision.all import get_image_files
+    return SegmentationDataLoaders.from_label_func(folder, sorted(get_image_files(folder/'images')), label_func=MaskOf(folder), codes=CODES, bs=bs, num_workers=0, seed=0)
+
+
+class MaskOf:
+    "Mask of an image; a class, since an exported Learner must be able to name it."
+    def __init__(self, path): self.path = path
+    def __call__(self, o): return self.path/'masks'/o.name
+
+
+def street_learner(folder, model=None, **kwargs):
+    torch.manual_seed(0)
+    learn = Learner(street_dls(folder), ToyNet() if model is None else model, CrossEntropyLossFlat(axis=1, ignore_index=VOID), lr=1e-2, **kwargs)
+    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
+    learn.logger = print
+    return learn
+
+
+@pytest.mark.parametrize('inside', [True, False])
+def test_show_results_and_predict(folder, inside):
+    "fastai draws what the model predicts, and predicts one file; class names come from the codes."
+    import matplotlib.pyplot as plt
+    cb = DropClassCallback(never_drop='sky')
+    learn = street_learner(folder, cbs=cb if inside else None)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=None if inside else cb)
+    assert cb.names==CODES and 'sky' not in set(cb.history.dropped_class) and cb.droppable==[0, 1, 3]
+    learn.show_results(max_n=2, shuffle=False)
+    assert len(plt.gcf().axes)==4
+    plt.close('all')
+    mask,labels,probs = learn.predict(folder/'images/3.png')
+    assert labels.shape==(32, 32) and probs.shape==(4, 32, 32)
+    same_bits(labels, probs.argmax(0))
+    assert len(cb.history)==4
+    assert_clean(learn)
+
+
+@pytest.mark.parametrize('inside', [True, False])
+def test_export_and_load_learner(folder, tmp_path, inside):
+    "The exported file is small, holds no batch, and predicts the same; it can be trained on."
+    cb = DropClassCallback(drop_prob=1.)
+    learn = street_learner(folder, cbs=cb if inside else None)
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, cbs=None if inside else cb)
+    file = folder/'images/5.png'
+    want = learn.predict(file)[2]
+    learn.export(tmp_path/'a.pkl')
+    assert (tmp_path/'a.pkl').stat().st_size<150_000
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        loaded = load_learner(tmp_path/'a.pkl')
+    with loaded.no_bar(): same_bits(loaded.predict(file)[2], want)
+    assert get_head(loaded.model).predicts==get_head(learn.model).predicts=='drop'
+    assert hasattr(loaded, 'drop_class')==inside
+    if inside: assert loaded.drop_class.history.equals(cb.history)
+    loaded.dls = learn.dls
+    with loaded.no_bar(), loaded.no_logging(): loaded.fit(1, cbs=None if inside else DropClassCallback())
+    assert not torch.equal(loaded.predict(file)[2], want)
+
+
+# ---- networks
+
+def unet(folder, **kwargs):
+    torch.manual_seed(0)
+    learn = unet_learner(street_dls(folder), resnet18, n_out=4, pretrained=False, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=VOID), lr=1e-3, **kwargs)
+    learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
+    learn.logger = lambda *args: None
+    return learn
+
+
+def test_unet_head_comes_and_goes(folder):
+    "The classifier of fastai's U-Net is found; the plain path gives the same bits, random state and keys stay, and removing leaves no trace."
+    learn = unet(folder)
+    x = learn.dls.one_batch()[0]
+    keys,conv = list(learn.model.state_dict()),learn.model.layers[-2][0]
+    with torch.no_grad(): want = learn.model.eval()(x)
+    state = torch.random.get_rng_state()
+    head = add_dropclass(learn.model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert head.classifier is conv and head is learn.model.layers[-2][0] and not head.signed
+    with torch.no_grad(): same_bits(learn.model(x), want)
+    remove_dropclass(learn.model)
+    assert learn.model.layers[-2][0] is conv and list(learn.model.state_dict())==keys
+    with torch.no_grad(): same_bits(learn.model(x), want)
+
+
+@pytest.mark.parametrize('fit', ['fit', 'fine_tune', 'freeze', 'one_cycle_slice'])
+def test_unet_learner_trains(folder, fit):
+    "The block moves in every kind of fit; frozen layers do not."
+    learn,cb = unet(folder),DropClassCallback()
+    body = learn.model.layers[0][0].weight.detach().clone()
+    if fit=='fit': learn.fit(1, cbs=cb)
+    if fit=='fine_tune': learn.fine_tune(1, cbs=cb)
+    if fit=='freeze': learn.freeze(); learn.fit(1, cbs=cb)
+    if fit=='one_cycle_slice': learn.fit_one_cycle(1, slice(1e-4, 1e-3), cbs=cb)
+    assert all(moved(fresh_block(learn.model), learn.model))
+    assert torch.equal(body, learn.model.layers[0][0].weight)==(fit=='freeze')
+    assert cb.names==CODES and learn.get_preds()[0].shape==(2, 4, 32, 32)
+    assert_clean(learn)
+
+
+@pytest.mark.parametrize('name', ['fcn_resnet50', 'deeplabv3_mobilenet_v3_large'])
+def test_networks_that_return_dicts(name):
+    "torchvision's networks train behind an OutputAdapter, with and without DropClass, auxiliary classifier included."
+    torch.manual_seed(0)
+    build = getattr(torchvision.models.segmentation, name)
+    net = build(weights=None, weights_backbone=None, num_classes=4, aux_loss=True)
+    learn = toy_learner(model=OutputAdapter(net), n=4, bs=2, size=32, lr=1e-3)
+    learn.fit(1, cbs=(cb := DropClassCallback(lam=.5)))
+    assert get_head(learn.model) is net.classifier[4]
+    assert all(moved(fresh_block(learn.model), learn.model))
+    assert learn.get_preds()[0].shape==(2, 4, 32, 32) and len(cb.history)==2
+    assert_clean(learn)
+
+
+def test_own_networks_do_not_warn():
+    "No warning in a fit of a network of ours, whatever its attributes are called."
+    learn = toy_learner(model=create_model('small', 4), n=4)
+    assert hasattr(learn, 'head') # `learn.head` is the network's: the callback must not shadow it
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        learn.fit(1, cbs=DropClassCallback())
+
+
+# ---- loggers
+
+class Writer:
+    "Stands in for TensorBoard's SummaryWriter and remembers."
+    def __init__(self, log_dir=None): Writer.last,self.scalars = self,[]
+    def add_scalar(self, name, value, step): self.scalars.append((name, float(value), step))
+    def add_graph(self, model, *args): pass
+    def close(self): pass
+
+
+def test_tensorboard_gets_the_columns(monkeypatch):
+    "The parts of the loss reach `add_scalar`, once per epoch, with the Recorder's values."
+    for name in ('fastai.callback.tensorboard', 'tensorboard', 'torch.utils.tensorboard'): monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setitem(sys.modules, 'tensorboard', types.ModuleType('tensorboard'))
+    fake = types.ModuleType('torch.utils.tensorboard')
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', fake)
+    from fastai.callback.tensorboard import TensorBoardCallback
+    learn = toy_learner()
+    learn.fit(3, cbs=[DropClassCallback(), TensorBoardCallback(trace_model=False, log_preds=False)])
+    sys.modules.pop('fastai.callback.tensorboard')
+    got = {k:[v for n,v,_ in Writer.last.scalars if n==k] for k in COLUMNS}
+    assert got=={k:[o[k] for o in records(learn)] for k in COLUMNS}
+    assert all(len(v)==3 and np.isfinite(v).all() for v in got.values())
+
+
+def test_wandb_gets_the_columns(monkeypatch):
+    "The parts of the loss and the callback's options reach W&B."
+    wandb,logged,config = types.ModuleType('wandb'),[],{}
+    wandb.run = types.SimpleNamespace(step=0, summary={})
+    wandb.config = types.SimpleNamespace(update=lambda o,**kwargs: config.update(o))
+    wandb.log = lambda o,step=None: logged.append(o)
+    monkeypatch.delitem(sys.modules, 'fastai.callback.wandb', raising=False)
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    from fastai.callback.wandb import WandbCallback
+    learn = toy_learner()
+    learn.fit(2, cbs=[DropClassCallback(alpha=3.), WandbCallback(log_preds=False)])
+    sys.modules.pop('fastai.callback.wandb')
+    rows = [o for o in logged if 'plain_loss' in o]
+    assert [{k:o[k] for k in COLUMNS} for o in rows]==[{k:o[k] for k in COLUMNS} for o in records(learn)]
+    assert config['DropClassCallback.alpha']==3.
+
+
+def test_csv_logger_and_train_metrics(tmp_path):
+    "CSVLogger writes the columns; a Recorder that also shows training metrics works."
+    learn = toy_learner(path=tmp_path, metrics=pixel_share)
+    learn.recorder.train_metrics = True
+    learn.fit(2, cbs=[DropClassCallback(), CSVLogger()])
+    rows = list(csv.DictReader((tmp_path/'history.csv').open()))
+    assert len(rows)==2
+    for row,o in zip(rows, records(learn)):
+        for k in COLUMNS: assert float(row[f'valid_{k}'])==pytest.approx(o[f'valid_{k}'])
+        assert float(row['train_pixel_share'])>0
+    assert learn.metrics.attrgot('name')==['pixel_share']
+
+
+def pixel_share(pred, target): return (pred.argmax(1)==target).float().mean()
+
+
+class TwoPartLoss(nn.Module):
+    "A cross-entropy that keeps its value, as `LossMetrics` expects."
+    ignore_index,reduction = VOID,'mean'
+    def forward(self, logits, target):
+        self.ce = F.cross_entropy(logits, target, ignore_index=VOID, reduction=self.reduction)
+        return self.ce
+
+
+def test_loss_metrics_show_the_path_that_predicts():
+    "LossMetrics reads the loss function after validation's own call: the value of the path that `valid_loss` is about."
+    learn = toy_learner(loss_func=TwoPartLoss(), metrics=LossMetrics('ce'))
+    learn.fit(4, cbs=DropClassCallback())
+    for o in records(learn): assert o['ce']==pytest.approx(o['valid_loss'], rel=1e-5)
+    assert {o['drop_share'] for o in records(learn)}=={0., 1.}
+
+
+# ---- kinds of fit
+
+def split(model): return [params(model.backbone), [p for n,p in model.named_parameters() if not n.startswith('backbone')]]
+
+
+@pytest.mark.parametrize('inside', [True, False])
+def test_lr_find_restores_everything(inside, tmp_path):
+    "After `lr_find` weights, random draws and columns are as before; the fit that follows is the one that would have been."
+    cb = DropClassCallback()
+    def run(find):
+        learn = toy_learner(path=tmp_path, cbs=cb if inside else None)
+        if not inside: learn.fit(0, cbs=cb) # Brings the head in
+        state = torch.random.get_rng_state()
+        before = copy.deepcopy(learn.model.state_dict())
+        if find: learn.lr_find(num_it=15, start_lr=1e-4, end_lr=1., show_plot=False, suggest_funcs=minimum)
+        for k,v in learn.model.state_dict().items(): same_bits(v, before[k])
+        assert_clean(learn)
+        torch.random.set_rng_state(state)
+        learn.dls.train.rng.seed(0)
+        learn.fit(2, cbs=None if inside else cb)
+        return learn.model.state_dict()
+    if not inside: pytest.importorskip('dropclass') # Same path with a head but without the callback: only a warning
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        a,b = run(True),run(False)
+    for k in a: same_bits(a[k], b[k])
+
+
+def test_one_cycle_with_a_slice_of_rates():
+    "Two groups, two rates: the block is in the last group and learns with its rate."
+    learn = toy_learner(splitter=split)
+    learn.fit_one_cycle(2, slice(1e-4, 1e-2), cbs=DropClassCallback())
+    head = get_head(learn.model)
+    assert len(learn.opt.param_lists)==2
+    ids = {id(p) for p in learn.opt.param_lists[-1]}
+    assert all(id(p) in ids for p in head.compensation.parameters())
+    assert all(moved(fresh_block(learn.model), learn.model))
+    assert sum(len(o) for o in learn.opt.param_lists)==len(list(learn.model.parameters()))
+
+
+@pytest.mark.parametrize('inside', [True, False])
+def test_wrapped_optimizer_frozen(inside):
+    "A PyTorch optimizer behind OptimWrapper, frozen: the block moves, the backbone stays; unfreezing trains all."
+    opt_func = lambda groups,**kwargs: OptimWrapper(groups, torch.optim.SGD, **kwargs)
+    cb = DropClassCallback()
+    learn = toy_learner(splitter=split, opt_func=opt_func, cbs=cb if inside else None)
+    body = learn.model.backbone[0].weight.detach().clone()
+    learn.freeze()
+    learn.fit(1, cbs=None if inside else cb)
+    assert all(moved(fresh_block(learn.model), learn.model))
+    same_bits(learn.model.backbone[0].weight, body)
+    learn.unfreeze()
+    before = block(learn.model)
+    learn.fit_one_cycle(1, slice(1e-3, 1e-2), cbs=None if inside else cb)
+    assert all(moved(before, learn.model)) and not torch.equal(learn.model.backbone[0].weight, body)
+
+
+def test_block_is_trained_as_if_it_had_been_there():
+    "Coming with the fit or with the Learner makes no difference: same optimizer options, same weights afterwards."
+    a,b = toy_learner(wd=.1, wd_bn_bias=False),toy_learner(wd=.1, wd_bn_bias=False, cbs=DropClassCallback())
+    a.create_opt()
+    for learn,cbs in ((a, DropClassCallback()), (b, None)):
+        learn.dls.train.rng.seed(0)
+        learn.fit(2, cbs=cbs)
+    for (k,v),w in zip(a.model.state_dict().items(), b.model.state_dict().values()): same_bits(v, w)
+
+
+def test_two_fits_give_two_histories():
+    "A second fit with the same callback starts its ramp and its history anew, and draws the same classes."
+    learn,cb = toy_learner(),DropClassCallback()
+    learn.fit(3, cbs=cb)
+    first = rows_of(cb)
+    learn.fit(3, cbs=cb)
+    assert rows_of(cb)==first and len(cb.history)==12
+    learn.fit(1, cbs=cb)
+    assert len(cb.history)==4 and cb.history.lam.max()<1
+    assert get_head(learn.model).predicts=='drop' # Trained once, it stays so
+
+
+def test_second_callback_takes_over_the_head():
+    "A new callback uses the head that is there, and changes only the options it was given."
+    learn = toy_learner()
+    learn.fit(1, cbs=DropClassCallback(scale='raw', average='kept'))
+    head,before = get_head(learn.model),block(learn.model)
+    learn.fit(1, cbs=DropClassCallback(average='all'))
+    assert get_head(learn.model) is head and sum(m is head for m in learn.model.modules())==1
+    assert (head.scale, head.average)==('raw', 'all')
+    assert all(moved(before, learn.model))
+    assert sum(len(o) for o in learn.opt.param_lists)==len(list(learn.model.parameters()))
+
+
+def test_gradient_clipping_sees_the_total():
+    "The clipped norm is that of all gradients, the block's included."
+    class Norm(Callback):
+        order = GradientClip.order+1
+        def before_step(self): self.norms.append(torch.stack([p.grad.norm() for p in self.model.parameters()]).norm().item())
+    norm = Norm()
+    norm.norms = []
+    learn = toy_learner()
+    learn.fit(2, cbs=[DropClassCallback(lam=.5), GradientClip(.01), norm])
+    assert len(norm.norms)==8 and norm.norms==pytest.approx([.01]*8, rel=1e-3)
+    assert all(moved(fresh_block(learn.model), learn.model))
+
+
+def test_droppable_classes():
+    "Only classes that may be dropped are dropped, by name or label; a learner with one left always drops that one."
+    cb = DropClassCallback(drop_prob=1., never_drop=['class 0', 2])
+    toy_learner(n=64).fit(2, cbs=cb)
+    assert set(cb.history.dropped_class)=={'class 1', 'class 3'}
+    cb = DropClassCallback(drop_prob=1., never_drop=(0, 1, 2))
+    toy_learner().fit(1, cbs=cb)
+    assert set(cb.history.dropped_class)=={'class 3'}
+
+
+# ---- odd batches
+
+def test_batches_of_one():
+    "One image per batch, in training and validation: paths are never broadcast into each other."
+    cb = DropClassCallback(drop_prob=1.)
+    learn = toy_learner(n=3, bs=1)
+    learn.fit(2, cbs=cb)
+    assert np.isfinite(cb.history[['plain', 'masked', 'suppression', 'total']].to_numpy()).all()
+    assert learn.get_preds()[0].shape==(1, 4, 16, 16)
+    assert all(moved(fresh_block(learn.model), learn.model))
+
+
+def test_last_batch_of_another_size():
+    "The means of the validation columns weigh images alike, also when the last batch is short."
+    learn = toy_learner(cbs=DropClassCallback(predict='plain'))
+    learn.dls.valid.dataset.extend(zip(*toy_batch(1, seed=7)))
+    learn.fit(1)
+    row = records(learn)[0]
+    assert row['valid_plain']==pytest.approx(row['valid_loss'], rel=1e-5)
+
+
+def test_void_batch_in_validation():
+    "A validation batch without labels has no loss; the columns average the others."
+    learn = toy_learner(cbs=DropClassCallback())
+    some,void = list(learn.dls.valid.dataset),[(x, torch.full_like(y, VOID)) for x,y in learn.dls.valid.dataset]
+    learn.dls.valid.dataset[:] = some
+    learn.dls.train.rng.seed(0)
+    learn.fit(1)
+    want = records(learn)[0]
+    learn = toy_learner(cbs=DropClassCallback())
+    learn.dls.valid.dataset[:] = some+void
+    learn.dls.train.rng.seed(0)
+    learn.fit(1)
+    row = records(learn)[0]
+    assert {k:row[k] for k in COLUMNS}==pytest.approx({k:want[k] for k in COLUMNS}, rel=1e-6)
+    assert all(torch.isfinite(p).all() for p in learn.model.parameters())
+
+
+# ---- interrupted fits
+
+class Interrupt(Callback):
+    "Presses Ctrl-C at an event of the second batch."
+    def __init__(self, event, training, order): self.when,self.train,self.order = event,training,order
+    def press(self):
+        if self.training==self.train and (self.iter==1 or not self.train): raise KeyboardInterrupt
+    def before_batch(self): self.press() if self.when=='before_batch' else None
+    def after_pred(self): self.press() if self.when=='after_pred' else None
+    def before_step(self): self.press() if self.when=='before_step' else None
+
+
+MOMENTS = [('before_batch', True, 6), ('after_pred', True, 4), ('before_step', True, 6), ('before_batch', False, 6), ('after_pred', False, 4)]
+
+@pytest.mark.parametrize('event,training,order', MOMENTS)
+@pytest.mark.parametrize('inside', [True, False])
+def test_keyboard_interrupt(event, training, order, inside):
+    "Ctrl-C in mid-epoch: predictions, the next fit, and a fit without the callback all work as on an untouched Learner."
+    cb = DropClassCallback()
+    learn = toy_learner(cbs=cb if inside else None)
+    loss_func = learn.loss_func
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=[Interrupt(event, training, order)]+([] if inside else [cb]))
+    x = torch.stack([x for x,_ in learn.dls.valid.dataset])
+    same_bits(learn.get_preds()[0], learn.model.eval()(x), 1e-6)
+    assert len(learn.validate())==2 # Both losses and no stale column
+    assert_clean(learn, loss_func)
+    learn.fit(2, cbs=None if inside else cb)
+    assert len(cb.history)==8
+    if inside: learn.remove_cb(cb)
+    with pytest.warns(UserWarning, match='without a keep mask'): learn.fit(1)
+    assert learn.recorder.metric_names==['epoch', 'train_loss', 'valid_loss', 'time']
+    assert_clean(learn, loss_func)
+
+
+def test_cancelled_fit_is_clean():
+    "fastai's own way to stop a fit in mid-epoch."
+    class Cancel(Callback):
+        def after_pred(self):
+            if self.training and self.iter==2: raise CancelFitException
+    learn,cb = toy_learner(),DropClassCallback()
+    learn.fit(2, cbs=[cb, Cancel()])
+    assert len(cb.history)==2
+    assert_clean(learn)
+    assert learn.get_preds()[0].shape==(4, 4, 16, 16)

@@ -262,6 +262,7 @@ def plot_losses(self:DropClassCallback,
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(7,2.4))[1]
     table = self.history
+    table['suppression'] = table.suppression.where(table.dropped_class.notna()) # Steps without a drop have none
     for name in (*_PARTS, 'total'): ax.plot(table.step, table[name].rolling(smooth, min_periods=1).mean(), label=name)
     ax.set(xlabel='step', ylabel=f'loss, mean of {smooth} steps')
     ax.legend(frameon=False, fontsize=8)

@@ -8,8 +8,9 @@ __all__ = ['METHODS', 'DATA', 'writing', 'write_json', 'Config', 'config_hash', 
            'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'EpochLines', 'open_folder',
            'read_config', 'summarize', 'evaluate_paths', 'plot_examples', 'finish_run', 'train_run', 'Run', 'load_run']
 
-# %% ../nbs/70_experiment.ipynb #53d91571
+# %% ../nbs/70_experiment.ipynb #5d7be7ac
 import hashlib
+import io
 import json
 import os
 import random
@@ -30,7 +31,7 @@ from fastai.callback.schedule import ParamScheduler, SchedLin, SchedNo, combined
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import set_seed
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from .callback import DropClassCallback
 from .core import ClassSpec, check_choice, check_unit, colorize
 from .data_core import class_counts, median_frequency_weights
@@ -239,7 +240,9 @@ def save_checkpoint(
 ):
     "Write all that the rest of a run depends on."
     state = dict(model=learn.model.state_dict(), opt=learn.opt.opt.state_dict(), random=random_states(learn.dls), **extra)
-    with writing(path) as temp: torch.save(state, temp)
+    memory = io.BytesIO() # `torch.save` to a full disk raises no OSError; writing bytes does
+    torch.save(state, memory)
+    with writing(path) as temp: temp.write_bytes(memory.getbuffer())
 
 def load_checkpoint(
     path:str|Path, # The file
@@ -405,7 +408,7 @@ def finish_run(
     counts = class_counts(learn.dls.train.dataset)
     rare = [int(o) for o in rare_classes(counts)]
     matrices = evaluate_paths(learn.model, learn.dls)
-    with writing(out/'weights.safetensors') as temp: save_file({k:v.contiguous() for k,v in learn.model.state_dict().items()}, temp)
+    with writing(out/'weights.safetensors') as temp: temp.write_bytes(save({k:v.contiguous() for k,v in learn.model.state_dict().items()}))
     with writing(out/'examples.png') as temp: plot_examples(learn.model, learn.dls).savefig(temp, dpi=100, format='png')
     write_json(out/'confusion.json', {t:{p:cm.tolist() for p,cm in paths.items()} for t,paths in matrices.items()})
     metrics = dict(finished=True, epochs=config.epochs, classes=list(spec.names), colors=[list(o) for o in spec.colors], ignore_index=spec.ignore_index,

@@ -1,0 +1,119 @@
+"Run folders: what a notebook cannot show, in processes of their own."
+import json
+import random
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dropclass.experiment import Config, RunRecorder, load_run, random_states, set_random_states, train_run
+from fastai.callback.core import Callback
+
+TINY = Config(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=8, n_valid=4), threads=1)
+
+
+class PowerCut(Callback):
+    "Ends a fit in the middle of an epoch."
+    order = RunRecorder.order+5
+    def __init__(self, epoch): self.at = epoch
+    def before_batch(self):
+        if self.training and self.epoch==self.at and self.iter==1: raise KeyboardInterrupt
+
+
+def weights(folder): return load_file(folder/'weights.safetensors')
+
+
+def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize('change', [dict(num_workers=2), dict(method='plain', optimizer='adamw', schedule='onecycle'), dict(weights='median', dropclass=dict(lam='hold:0.5'))])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, change):
+    config = replace(TINY, **change)
+    train_run(config, tmp_path/'whole', progress=False, write=lambda o: None)
+    with pytest.raises(KeyboardInterrupt): train_run(config, tmp_path/'cut', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
+    for _ in range(3): random.random(); np.random.rand(); torch.rand(1) # The world goes on between the two halves
+    train_run(config, tmp_path/'cut', resume=True, progress=False, write=lambda o: None)
+    assert same(weights(tmp_path/'whole'), weights(tmp_path/'cut'))
+    assert (tmp_path/'whole'/'confusion.json').read_text()==(tmp_path/'cut'/'confusion.json').read_text()
+    assert load_run(tmp_path/'whole').history.equals(load_run(tmp_path/'cut').history)
+
+
+@pytest.mark.parametrize('left_out', ['python', 'torch', 'loaders'])
+def test_every_random_state_is_needed(left_out):
+    from dropclass.experiment import make_data
+    from fastai.torch_core import set_seed
+    set_seed(0)
+    dls = make_data(TINY)
+    states = random_states(dls)
+    def draw(): return random.random(), torch.rand(1).item(), dls.train.rng.random()
+    first = draw()
+    draw()
+    now = random_states(dls)
+    set_random_states({**states, left_out:now[left_out]}, dls)
+    assert draw()!=first
+    set_random_states(states, dls)
+    assert draw()==first
+
+
+def test_another_seed_is_another_run(tmp_path):
+    a,b = (train_run(replace(TINY, epochs=1, seed=s), tmp_path/str(s), progress=False, write=lambda o: None).folder for s in (0, 1))
+    assert not same(weights(a), weights(b))
+
+
+def test_arms_of_one_seed_share_weights_and_data_order(tmp_path):
+    seen = {}
+    class Watch(Callback):
+        "Keeps the first weights and all images."
+        order = 4
+        def before_fit(self): self.learn.first = {k:v.clone() for k,v in self.learn.model.state_dict().items() if 'classifier' not in k and 'compensation' not in k and 'drop_trained' not in k}
+        def before_batch(self):
+            if self.training: seen.setdefault(self.learn.first_key, []).append(self.xb[0].sum().item())
+    firsts = []
+    for method in ('plain', 'dropclass', 'no_drop'):
+        class Tell(Callback):
+            "Says whose batches these are."
+            order = 3
+            def before_fit(self): self.learn.first_key = method
+            def after_fit(self): firsts.append(self.learn.first)
+        train_run(replace(TINY, method=method), tmp_path/method, progress=False, write=lambda o: None, cbs=[Watch(), Tell()])
+    assert seen['plain']==seen['dropclass']==seen['no_drop']
+    assert same(firsts[0], firsts[1]) and same(firsts[0], firsts[2])
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
+    "A limit on file size stands for the full disk: the same error from the same calls."
+    code = textwrap.dedent(f'''
+        import resource, signal, sys
+        from dataclasses import replace
+        from fastai.callback.core import Callback
+        from dropclass.experiment import Config, RunRecorder, train_run
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        class Fill(Callback):
+            order = RunRecorder.order-1
+            def before_epoch(self):
+                if self.epoch==1: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
+        config = Config(**{dict(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=8, n_valid=4), threads=1)!r})
+        try: train_run(config, sys.argv[1], progress=False, cbs=[Fill()])
+        except Exception as e: print(type(e).__name__, e)
+    ''')
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/'run')], capture_output=True, text=True, timeout=120)
+    assert 'disk is not full' in done.stdout, done.stdout+done.stderr
+    assert not list((tmp_path/'run').glob('.*.part'))
+    run = train_run(TINY, tmp_path/'run', resume=True, progress=False, write=lambda o: None)
+    train_run(TINY, tmp_path/'whole', progress=False, write=lambda o: None)
+    assert same(weights(run.folder), weights(tmp_path/'whole'))
+
+
+def test_metrics_are_plain_json(tmp_path):
+    run = train_run(replace(TINY, epochs=1), tmp_path/'run', progress=False, write=lambda o: None)
+    saved = json.loads((run.folder/'metrics.json').read_text())
+    cm = run.confusion('unbiased', 'plain').double()
+    iou = cm.diag()/(cm.sum(0)+cm.sum(1)-cm.diag())
+    listed = saved['tests']['unbiased']['plain']['class_iou']
+    for a,b in zip(iou.tolist(), listed): assert b is None if a!=a else abs(a-b)<1e-9
+    assert len(saved['rare'])==len(saved['classes'])//2

@@ -48,6 +48,11 @@ class DropClassCallback(Callback):
         store_attr()
         self.drop_head,self.drop_logits,self.rows,self.fitting = None,None,[],False
 
+    def __setattr__(self, name, value):
+        "Tidy up when fastai takes the callback off the Learner, which it does after an interrupted fit too."
+        if name=='learn' and value is None and self.learn is not None: self.tidy()
+        super().__setattr__(name, value)
+
 # %% ../nbs/30_callback.ipynb #c261a56b
 def class_names(
     dls, # fastai DataLoaders
@@ -104,26 +109,47 @@ def extend_optimizer(
     if learn.train_bn:
         for p in norm_bias_params(head.compensation, False): learn.opt.state[p]['force_train'] = True
 
+# %% ../nbs/30_callback.ipynb #76ccc3d3
+@patch(as_prop=True)
+def evaluating(self:DropClassCallback) -> bool: # Does the Learner only predict?
+    "Tell `get_preds` and `validate` from a fit: fastai holds the Learner's lock while they run."
+    return self.learn.lock.locked()
+
+@patch
+def disarm(self:DropClassCallback):
+    "Let the head answer by one path."
+    head = get_head(self.learn.model)
+    if head is not None: head.keep_mask,head.both_in_eval = None,False
+
+@patch
+def tidy(self:DropClassCallback):
+    "Disarm the head and take the columns away."
+    self.disarm()
+    self.remove_columns()
+
 # %% ../nbs/30_callback.ipynb #4d110dc6
 @patch
 def before_fit(self:DropClassCallback):
     "Make head, optimizer, checks and columns ready, and start a new history."
+    if self.evaluating: return self.disarm()
+    others = [cb for cb in self.learn.cbs if isinstance(cb, DropClassCallback)]
+    if len(others)>1: raise ValueError(f"The fit has {len(others)} DropClassCallbacks, and one trains the head: leave out `cbs`, or `learn.remove_cb` the Learner's own first")
     mixing = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler)]
     if mixing: raise ValueError(f"{type(mixing[0]).__name__} blends the labels of two images, so no class can be masked: train without it, or without DropClassCallback")
     spec = getattr(self.dls, 'spec', None)
     if spec is not None: check_void(self.loss_func, spec.ignore_index)
     if self.setup_head(): extend_optimizer(self.learn, self.drop_head)
     self.drop_head.to(next(self.model.parameters()).device)
-    self.rows,self.fitting = [],True
+    self.rows,self.fitting,self.valid_sums = [],True,[0., 0., 0.]
     self.add_columns()
 
 @patch
 def after_fit(self:DropClassCallback):
     "Leave nothing behind: no armed mask, no columns, no reference to a batch."
+    if self.evaluating: return
+    self.tidy()
     self.fitting = False
-    if self.drop_head is not None: self.drop_head.keep_mask,self.drop_head.both_in_eval = None,False
-    self.drop_logits = self.keep_mask = self.target = self.drop_head = None
-    self.remove_columns()
+    self.drop_logits = self.keep_mask = self.drop_head = None
 
 # %% ../nbs/30_callback.ipynb #e346a454
 @patch
@@ -138,7 +164,7 @@ def step_state(self:DropClassCallback) -> dict: # Numbers of this step
 @patch
 def before_batch(self:DropClassCallback):
     "Arm the head: with this step's mask in training, with all classes kept in validation."
-    if not self.fitting: return
+    if self.evaluating: return
     if self.training: self.now = self.step_state()
     else: self.keep_mask = torch.ones(len(self.names))
     if self.training and self.now['lam']>=.5: self.drop_head.mark_trained()
@@ -149,7 +175,7 @@ def before_batch(self:DropClassCallback):
 @patch
 def after_pred(self:DropClassCallback):
     "Hand one path on, keep the other."
-    if not self.fitting or self.drop_head.keep_mask is None: return
+    if self.evaluating or self.drop_head.keep_mask is None: return
     self.drop_head.keep_mask,self.drop_head.both_in_eval = None,False
     if not isinstance(self.pred, Tensor):
         raise TypeError(f"The model returns {type(self.pred).__name__}, which fastai's losses cannot take: wrap it, as in Learner(dls, OutputAdapter(model), ...)")
@@ -158,14 +184,18 @@ def after_pred(self:DropClassCallback):
     if self.training: self.learn.pred = logits
     else: self.compare_paths(logits)
 
+@patch(as_prop=True)
+def has_labels(self:DropClassCallback) -> bool: # Is any pixel of the batch not void?
+    "Look for a labelled pixel."
+    return bool((self.yb[0]!=get_ignore_index(self.loss_func)).any())
+
 @patch
 def compare_paths(self:DropClassCallback,
     logits:Tensor, # Logits of the plain path (N,C,h,w)
 ):
     "Add up the validation loss of both paths, and hand on the one that predicts."
-    n = len(logits)
     losses = [float(self.loss_func(o, *self.yb)) for o in (logits, self.drop_logits)]
-    self.valid_sums = [a+n*b for a,b in zip(self.valid_sums, losses+[1.])]
+    if self.has_labels: self.valid_sums = [a+len(logits)*b for a,b in zip(self.valid_sums, losses+[1.])]
     path = self.drop_head.predicts
     self.learn.pred = {'plain':logits, 'drop':self.drop_logits}.get(path, (logits+self.drop_logits)/2)
     self.drop_logits = None
@@ -173,15 +203,15 @@ def compare_paths(self:DropClassCallback,
 @patch
 def before_validate(self:DropClassCallback):
     "Start the sums of the two validation losses."
-    self.valid_sums = [0., 0., 0.]
+    if not self.evaluating: self.valid_sums = [0., 0., 0.]
 
 # %% ../nbs/30_callback.ipynb #a7de3908
 @patch
 def after_loss(self:DropClassCallback):
     "Blend the plain loss with the masked and the suppressing one, Eq. (9)."
-    if not self.fitting or not self.training: return
+    if self.evaluating or not self.training: return
     target,plain = self.yb[0],self.learn.loss_grad
-    if not torch.isfinite(plain) and not (target!=get_ignore_index(self.loss_func)).any(): plain = 0*self.pred.float().sum()
+    if not torch.isfinite(plain) and not self.has_labels: plain = 0*self.pred.float().sum()
     masked,suppression = drop_path_losses(self.drop_logits, target, self.keep_mask, self.loss_func, self.normalize)
     total = total_loss(plain, masked, suppression, self.now['lam'], self.alpha)
     self.learn.loss_grad,self.learn.loss = total,total.clone()

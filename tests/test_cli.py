@@ -1,0 +1,265 @@
+"The commands as a user meets them: processes, exit codes, signals."
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import dropclass.cli
+
+COMMANDS = ('train', 'compare', 'predict', 'demo')
+SCRIPT = "import sys\nfrom dropclass.cli import {0}\nif __name__=='__main__': sys.exit({0}())\n" # What pip writes for a console script
+TINY = ['--bs', '4', '--size', '32x48', '--threads', '1', '--data-options', 'n_train=8,n_valid=4']
+ENV = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join([str(Path(dropclass.cli.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
+
+
+@pytest.fixture(scope='module')
+def scripts(tmp_path_factory):
+    "Folder of the console scripts."
+    folder = tmp_path_factory.mktemp('bin')
+    for o in COMMANDS: (folder/f'dropclass-{o}.py').write_text(SCRIPT.format(o))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def start(scripts):
+    "Start a command in a process of its own."
+    def _start(name, *args, **kwargs):
+        return subprocess.Popen([sys.executable, str(scripts/f'dropclass-{name}.py'), *map(str, args)], env=ENV, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, **kwargs)
+    return _start
+
+
+@pytest.fixture
+def command(scripts, monkeypatch, capsys):
+    "Run a command as a script in this process: (exit code, stdout, stderr)."
+    def _run(name, *args):
+        monkeypatch.setattr(sys, 'argv', [f'dropclass-{name}', *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as e: runpy.run_path(str(scripts/f'dropclass-{name}.py'), run_name='__main__')
+        return (e.value.code or 0, *capsys.readouterr())
+    return _run
+
+
+def finish(process, timeout=600):
+    "Wait for a process: (exit code, stdout, stderr)."
+    out,err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope='module')
+def runs(start, tmp_path_factory):
+    "Two finished runs, trained side by side by the command."
+    folder = tmp_path_factory.mktemp('runs')
+    jobs = {o: start('train', 'scenes', '--method', o, '--epochs', '2', '--out', folder/o, *TINY) for o in ('plain', 'dropclass')}
+    results = {k: finish(p) for k,p in jobs.items()}
+    for code,_,err in results.values(): assert code==0, err
+    return folder, {k: out for k,(_,out,_) in results.items()}
+
+
+@pytest.mark.parametrize('name', COMMANDS)
+def test_help_is_quick_and_complete(start, name):
+    begin = os.times()
+    code,out,err = finish(start(name, '--help'))
+    end = os.times()
+    assert (code, err)==(0, '') and out.startswith('usage:')
+    assert end.children_user-begin.children_user<1.5 # Seconds of computing: fastai alone takes several
+    options = [o.split()[0] for o in out.splitlines() if o.startswith('  --')]
+    assert len(options)>=3 and '--debug' in options
+
+
+def test_console_scripts_are_declared():
+    text = (Path(__file__).parents[1]/'settings.ini').read_text()
+    for o in COMMANDS: assert f'dropclass-{o} = dropclass.cli:{o}' in text and callable(getattr(dropclass.cli, o))
+
+
+def test_training_reports_epochs_and_classes(runs):
+    folder,outs = runs
+    for method,out in outs.items():
+        lines = out.splitlines()
+        assert sum(o.startswith('epoch ') for o in lines)==2 and not any('\r' in o or 'Traceback' in o for o in lines)
+        table = lines[next(i for i,o in enumerate(lines) if o.startswith('class '))+2:]
+        shares = [float(o.replace('†', '').split()[-2]) for o in table[:15]]
+        assert shares==sorted(shares) and sum('†' in o for o in table[:15])==7
+        assert any(o.startswith('mIoU') for o in table) and any(o.startswith('rare mIoU') for o in table) and 'unbiased test set' in out
+        assert str(folder/method/'examples.png') in out and Image.open(folder/method/'examples.png').size[0]>300
+
+
+def test_compare_prints_and_saves(runs, start, command, tmp_path):
+    folder,_ = runs
+    code,out,err = finish(start('compare', 'plain', 'dropclass', '--test', 'unbiased', cwd=folder))
+    assert code==0 and not err and 'dropclass is ' in out and max(map(len, out.split('\n\n')[1].splitlines()))<=80
+    for path in ('plain', 'mean'):
+        code,out,_ = command('compare', folder/'plain', folder/'dropclass', '--path-of', path, '--save', tmp_path/f'{path}.csv')
+        assert code==0 and f'({path} path)' in out and (tmp_path/f'{path}.csv').is_file()
+    assert (tmp_path/'plain.csv').read_text()!=(tmp_path/'mean.csv').read_text()
+    assert command('compare', folder/'plain', '--save', tmp_path/'one.png')[0]==0 and Image.open(tmp_path/'one.png').format=='PNG'
+
+
+def test_a_broken_pipe_is_no_error(runs, start):
+    job = start('compare', runs[0]/'plain', runs[0]/'dropclass')
+    job.stdout.close()
+    _,err = job.wait(timeout=300), job.stderr.read()
+    assert 'Traceback' not in err and 'Error' not in err
+
+
+def test_predict_writes_masks_of_the_images_size(runs, start, tmp_path):
+    rng = np.random.default_rng(0)
+    for i,size in enumerate([(64,40), (51,33)]): Image.fromarray(rng.integers(256, size=(*size[::-1],3), dtype=np.uint8)).save(tmp_path/f'{i}.jpg')
+    code,out,err = finish(start('predict', runs[0]/'dropclass', tmp_path/'0.jpg', tmp_path/'1.jpg', '--out', tmp_path/'out'))
+    assert code==0, err
+    assert '2 images labelled' in out
+    for i,size in enumerate([(64,40), (51,33)]):
+        mask = Image.open(tmp_path/'out'/'masks'/f'{i}.png')
+        assert (mask.mode, mask.size)==('P', size) and np.array(mask).max()<15
+        assert Image.open(tmp_path/'out'/'overlays'/f'{i}.png').size==size
+
+
+def test_predict_sees_what_validation_saw(runs, command, tmp_path):
+    from dropclass.data_scenes import Scenes
+    from dropclass.experiment import load_run, make_data
+    from dropclass.metrics import confusion_matrix
+    run = load_run(runs[0]/'dropclass')
+    ds,cm = make_data(run.config).valid.dataset,0
+    for i in range(len(ds)): Image.fromarray(ds[i][0].permute(1,2,0).numpy()).save(tmp_path/f'{i}.png')
+    assert command('predict', runs[0]/'dropclass', tmp_path, '--out', tmp_path/'out')[0]==0
+    for i in range(len(ds)):
+        mask = torch.from_numpy(np.array(Image.open(tmp_path/'out'/'masks'/f'{i}.png'))).long()
+        cm = cm+confusion_matrix(mask[None], ds[i][1][None].long(), 15)
+    assert (cm-run.confusion()).abs().sum()<=cm.sum()*.001 # A batch of one rounds otherwise than a batch of four
+
+
+@pytest.mark.parametrize('name,args,says', [
+    ('train', ['scenes', '--size', '64'], "'64x96' say, got '64'"),
+    ('train', ['scenes', '--dropclass', 'alpha'], "KEY=VALUE"),
+    ('train', ['scenes', '--method', 'dropclas'], "did you mean 'dropclass'"),
+    ('train', ['scene'], "did you mean 'scenes'"),
+    ('train', ['scenes', '--weights', 'medain'], "did you mean 'median'"),
+    ('train', ['scenes', '--arch', 'smal', '--out', 'NEW', *TINY], "did you mean 'small'"),
+    ('train', ['scenes', '--dropclass', 'alfa=3', '--out', 'NEW', *TINY], "did you mean 'alpha'"),
+    ('train', ['scenes', '--epochs', '0'], '`epochs` must be more than 0'),
+    ('train', ['camvid', '--path', 'NOWHERE', '--out', 'NEW'], 'NOWHERE'),
+    ('train', ['folder', '--path', 'NOWHERE', '--out', 'NEW'], 'There is no folder NOWHERE'),
+    ('train', ['scenes', '--out', 'RUNS/plain', *TINY], 'holds another run'),
+    ('train', ['--resume', '--out', 'NEW'], 'no config.json'),
+    ('train', ['--resume', '--out', 'RUNS/plain', '--epochs', '3'], 'epochs was 2, is 3'),
+    ('train', ['scenes', '--out', 'RUNS/plain/config.json/below', *TINY], 'RUNS/plain/config.json/below'),
+    ('compare', ['NOWHERE'], 'There is no run folder NOWHERE'),
+    ('compare', ['RUNS/plain', 'RUNS'], 'it is no run folder'),
+    ('compare', ['RUNS/plain', 'RUNS/dropclass', '--test', 'train'], "'valid', 'unbiased'"),
+    ('compare', ['RUNS/plain', 'RUNS/dropclass', '--save', 'table.xls'], "'.csv'"),
+    ('predict', ['RUNS/plain', 'NOWHERE.png', '--out', 'NEW'], 'NOWHERE.png'),
+    ('predict', ['RUNS/plain', 'RUNS/plain/config.json', '--out', 'NEW'], 'Cannot read'),
+    ('predict', ['RUNS/plain', 'RUNS/plain/examples.png', '--out', 'NEW', '--path-of', 'drop'], "`path` must be one of 'plain'"),
+    ('demo', ['--size', 'big'], "got 'big'"),
+])
+def test_errors_are_one_line_and_exit_code_2(runs, command, tmp_path, monkeypatch, name, args, says):
+    monkeypatch.chdir(tmp_path)
+    fill = lambda o: o.replace('RUNS', str(runs[0]))
+    code,_,err = command(name, *map(fill, args))
+    assert code==2 and fill(says) in err and err.startswith('Error: ') and len(err.splitlines())==1
+    assert not list(tmp_path.rglob('*.part')) and not (tmp_path/'NEW'/'masks').exists()
+    with pytest.raises((ValueError, OSError)): # `--debug` lets the error through
+        monkeypatch.setattr(sys, 'argv', [name, *map(fill, args), '--debug'])
+        runpy.run_path(str(_script(name)), run_name='__main__')
+
+
+def _script(name):
+    path = Path('script.py').absolute()
+    path.write_text(SCRIPT.format(name))
+    return path
+
+
+def test_missing_arguments_exit_2(command):
+    for name,args in (('compare', []), ('predict', ['x']), ('train', ['--nonsense'])): assert command(name, *args)[0]==2
+
+
+def test_interrupted_before_the_first_epoch_leaves_nothing(command, tmp_path, monkeypatch):
+    import dropclass.experiment as experiment
+    def interrupted(config, out, *args, **kwargs):
+        experiment.open_folder(out, config)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(experiment, 'train_run', interrupted)
+    code,_,err = command('train', 'scenes', '--out', tmp_path/'run', *TINY)
+    assert code==130 and 'No epoch was finished' in err and not (tmp_path/'run').exists()
+
+
+def wait_for(test, job, seconds=600):
+    "Wait until `test()` holds while a process runs."
+    end = time.monotonic()+seconds
+    while not test():
+        assert job.poll() is None, job.communicate()
+        assert time.monotonic()<end
+        time.sleep(.005)
+
+
+def test_killed_and_interrupted_runs_go_on_bit_for_bit(start, tmp_path):
+    "Ctrl-C in the second epoch, SIGKILL in the middle of a later one, and the same weights as the run that was left alone."
+    args = ['--epochs', '5', '--bs', '4', '--size', '32x48', '--threads', '1', '--data-options', 'n_train=80,n_valid=4']
+    whole = start('train', 'scenes', *args, '--out', tmp_path/'whole')
+    rows = lambda: len((tmp_path/'cut'/'history.csv').read_text().splitlines())-1 if (tmp_path/'cut'/'history.csv').is_file() else 0
+
+    job = start('train', 'scenes', *args, '--out', tmp_path/'cut')
+    wait_for(lambda: (tmp_path/'cut'/'checkpoint.pt').is_file(), job)
+    job.send_signal(signal.SIGINT)
+    code,_,err = finish(job)
+    assert code==130 and f"dropclass-train --resume --out {tmp_path/'cut'}" in err and 'Traceback' not in err
+    first = rows()
+    assert 1<=first<4
+
+    job = start('train', '--resume', '--out', tmp_path/'cut')
+    wait_for(lambda: rows()>first, job)
+    time.sleep(.1)
+    job.kill()
+    assert finish(job)[0]==-signal.SIGKILL
+    assert rows()<5 and not (tmp_path/'cut'/'metrics.json').exists()
+
+    done = torch.load(tmp_path/'cut'/'checkpoint.pt', weights_only=True)['epoch']+1
+    code,out,err = finish(start('train', '--resume', '--out', tmp_path/'cut'))
+    assert code==0, err
+    assert first<=done<5 and sum(o.startswith('epoch ') for o in out.splitlines())==5-done
+    assert finish(whole)[0]==0
+    a,b = (load_file(tmp_path/o/'weights.safetensors') for o in ('whole', 'cut'))
+    assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert (tmp_path/'whole'/'confusion.json').read_text()==(tmp_path/'cut'/'confusion.json').read_text()
+
+
+def test_demo_compares_in_both_worlds(start, tmp_path):
+    code,out,err = finish(start('demo', '--epochs', '2', '--n-train', '8', '--n-test', '4', '--size', '32x48', '--out', tmp_path/'demo'))
+    assert code==0, err
+    assert 'In the biased world' in out and 'In the unbiased world' in out and 'This is one seed' in out
+    assert any(o in out for o in ('won where it should', 'lost here', 'no clear winner'))
+    for o in ('biased.png', 'unbiased.png', 'plain/metrics.json', 'dropclass/metrics.json'): assert (tmp_path/'demo'/o).is_file()
+    configs = [json.loads((tmp_path/'demo'/o/'config.json').read_text()) for o in ('plain', 'dropclass')]
+    assert all(configs[0][k]==configs[1][k] for k in configs[0] if k not in ('method', 'dropclass', 'hash'))
+
+
+def test_demo_stops_both_when_one_fails(monkeypatch, tmp_path, command):
+    started = []
+    def fake(config, out):
+        code = "raise SystemExit('No space left')" if config['method']=='plain' else "import time; time.sleep(60)"
+        with open(out.with_suffix('.log'), 'w') as log: started.append(subprocess.Popen([sys.executable, '-c', code], stderr=log))
+        return started[-1]
+    monkeypatch.setattr(dropclass.cli, '_start', fake)
+    code,_,err = command('demo', '--out', tmp_path/'demo')
+    assert code==2 and 'Training plain failed: No space left' in err and len(err.splitlines())==1
+    assert started[1].poll() is not None
+
+
+def test_interrupted_demo_stops_its_processes(start, tmp_path):
+    job = start('demo', '--out', tmp_path/'demo', start_new_session=True)
+    wait_for(lambda: (tmp_path/'demo'/'dropclass.log').is_file(), job)
+    time.sleep(.5)
+    os.killpg(job.pid, signal.SIGINT) # As a terminal does
+    code,_,err = finish(job, timeout=120)
+    assert code==130 and 'the same command goes on' in err and 'Traceback' not in err
+    with pytest.raises(ProcessLookupError): os.killpg(job.pid, 0)

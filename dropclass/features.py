@@ -17,11 +17,11 @@ from .core import check_choice, check_num_classes, check_unit
 def importance_maps(
     importance:Tensor, # Importance S: (C,K), (C,K,H,W) or (N,C,K,H,W)
     features:Tensor, # Feature map (N,K,H,W) that it belongs to
-) -> Tensor: # View with five axes, of size 1 where nothing varies
-    "Give the importance all five axes, and check that it fits the features."
+) -> Tensor: # View (N,C,K,H,W), of size 1 where nothing varies
+    "Give the importance all axes, and check that it fits the features."
     n,k,*size = features.shape
-    maps = importance[None,:,:,None,None] if importance.ndim==2 else importance[None] if importance.ndim==4 else importance
-    fits = maps.ndim==5 and maps.shape[0] in (1,n) and maps.shape[2]==k and tuple(maps.shape[3:]) in ((1,1), tuple(size))
+    maps = importance[(None,...)+(None,)*len(size)] if importance.ndim==2 else importance[None] if importance.ndim==features.ndim else importance
+    fits = maps.ndim==features.ndim+1 and maps.shape[0] in (1,n) and maps.shape[2]==k and tuple(maps.shape[3:]) in ((1,)*len(size), tuple(size))
     if not fits:
         raise ValueError(f"`importance` must be (C,K), (C,K,H,W) or (N,C,K,H,W) for features (N,K,H,W) = {tuple(features.shape)}, got {tuple(importance.shape)}: "
                          "take it from the classifier that reads these features")
@@ -108,7 +108,7 @@ def kept_sums(
 ) -> tuple: # Weighted sums of the positive and of the negative part; the class axis is gone
     "Add up what speaks for the kept classes, and what speaks against them."
     if not isinstance(importance, Tensor): return streamed_sums(importance, weight.tolist())
-    axis = 1 if importance.ndim==5 else 0
+    axis = 1 if importance.ndim>=5 else 0
     if importance.shape[axis]!=len(weight):
         raise ValueError(f"`importance` has {importance.shape[axis]} classes and `keep_mask` {len(weight)}: both must count the classifier's outputs")
     weight = weight.to(importance).view(-1, *[1]*(importance.ndim-axis-1))
@@ -119,7 +119,7 @@ def mean_scale(
     positive:Tensor, # Positive sum (K,), (K,H,W) or (N,K,H,W)
 ) -> Tensor: # Its mean over all but N, detached, ready to divide by; 1 where nothing is positive
     "Find the unit of a scale."
-    axes = tuple(range(1, 4)) if positive.ndim==4 else tuple(range(positive.ndim))
+    axes = tuple(range(1 if positive.ndim>=4 else 0, positive.ndim))
     mean = positive.detach().mean(axes, keepdim=True)
     return torch.where(mean>0, mean, torch.ones_like(mean))
 
@@ -149,6 +149,6 @@ def drop_features(
     "Drop a class from the features, Eq. (2) and (4) factorised."
     if isinstance(importance, Tensor): importance_maps(importance, features) # Checks the shape
     scales = class_scale(importance, keep_mask, average, scale)
-    positive,negative = (o.to(features.dtype).reshape(*o.shape, *[1]*(2 if o.ndim==1 else 0)) for o in scales)
+    positive,negative = (o.to(features.dtype).reshape(*o.shape, *[1]*(features.ndim-2 if o.ndim==1 else 0)) for o in scales)
     if not signed: return features*positive
     return features.relu()*positive + features.neg().relu()*negative

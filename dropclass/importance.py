@@ -57,19 +57,19 @@ def check_classifier(
 ) -> nn.Module: # The same module
     "Refuse a classifier without a closed form, and name the way out."
     remedy = "use `autograd_importance` on the part of the network behind the features"
-    if not isinstance(conv, nn.Conv2d):
-        raise TypeError(f"The closed form needs an `nn.Conv2d` or its weight, got {type(conv).__name__}: {remedy}")
-    if conv.stride not in ((1,1), 1): raise ValueError(f"The closed form needs stride 1, got {tuple(conv.stride)}: {remedy}")
+    if not isinstance(conv, (nn.Conv1d,nn.Conv2d,nn.Conv3d)):
+        raise TypeError(f"The closed form needs an `nn.Conv2d` (or 1d, 3d) or its weight, got {type(conv).__name__}: {remedy}")
+    if set(conv.stride)!={1}: raise ValueError(f"The closed form needs stride 1, got {tuple(conv.stride)}: {remedy}")
     if conv.groups!=1: raise ValueError(f"The closed form needs groups=1, got {conv.groups}: {remedy}")
     return conv
 
-# %% ../nbs/10_importance.ipynb #4ae22141
+# %% ../nbs/10_importance.ipynb #2a45797e
 def conv_importance(
-    conv:nn.Conv2d|Tensor, # Classifier, or its weight: (C,K) or (C,K,kh,kw)
+    conv:nn.Module|Tensor, # Classifier (`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`), or its weight: (C,K) or (C,K,kh,kw), one to three axes of taps
 ) -> Tensor: # Importance S (C,K): spatial mean of Eq. (1) up to one positive constant; differentiable, not detached
     "Read the importance off a convolution: its weight, summed over the taps."
     weight = conv if isinstance(conv, Tensor) else check_classifier(conv).weight
-    if weight.ndim not in (2,4): raise ValueError(f"A classifier weight is (C,K) or (C,K,kh,kw), got shape {tuple(weight.shape)}: use `autograd_importance`")
+    if not 2<=weight.ndim<=5: raise ValueError(f"A classifier weight is (C,K) or (C,K,kh,kw), got shape {tuple(weight.shape)}: use `autograd_importance`")
     return weight.reshape(*weight.shape[:2], -1).sum(-1)
 
 # %% ../nbs/10_importance.ipynb #0b88745e
@@ -93,6 +93,7 @@ def exact_conv_importance(
     mode:str='bilinear', # The network's resize mode
 ) -> Tensor: # Importance S (C,K,h1,w1), Eq. (1) itself; differentiable
     "Compute Eq. (1) in closed form for a convolution and a resize."
+    if not isinstance(conv, nn.Conv2d): raise TypeError(f"The exact map is for `nn.Conv2d`, got {type(conv).__name__}: use `conv_importance`, its mean, or `autograd_importance`")
     weight,(top,bottom,left,right) = check_classifier(conv).weight,conv_padding(conv)
     reach = [d*(k-1) for d,k in zip(conv.dilation, conv.kernel_size)]
     logit_size = (size[0]+top+bottom-reach[0], size[1]+left+right-reach[1])
@@ -123,7 +124,7 @@ def head_logits(
     "Run the head, and check that there is something to differentiate."
     logits = head_fn(features)
     if not isinstance(logits, Tensor): raise TypeError(f"The head must return a logits tensor, got {type(logits).__name__}: pick the logits in a small function around it")
-    if logits.ndim!=4 or len(logits)!=len(features):
+    if logits.ndim<3 or logits.ndim!=features.ndim or len(logits)!=len(features):
         raise ValueError(f"The head must return logits (N,C,h,w) with N={len(features)}, got shape {tuple(logits.shape)}")
     if not logits.requires_grad: raise ValueError("The head's logits do not depend on its features: remove any `detach` or `no_grad` inside the head")
     return logits
@@ -146,7 +147,7 @@ def iter_importance(
         stop = min(c+(chunk or num_classes), num_classes)
         for c in range(c, stop):
             with torch.inference_mode(False), torch.enable_grad():
-                grad, = torch.autograd.grad(class_score(logits, c), x, retain_graph=not detach or c+1<stop,
+                grad, = torch.autograd.grad(class_score(logits.flatten(2)[...,None], c), x, retain_graph=not detach or c+1<stop,
                                             create_graph=not detach, materialize_grads=True)
             yield grad
         c = stop

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropclass.core import VOID
-from dropclass.fused import (find_resize, full_precision, fuses, matrix_windows, resize_cross_entropy, resize_drop_losses,
-                             resize_dropclass_loss, resize_matrix, tile_size)
+from dropclass.fused import (calm_threads, find_resize, full_precision, fuses, matrix_windows, resize_cross_entropy, resize_drop_losses,
+                             resize_dropclass_loss, resize_matrix, tile_numbers, tile_size)
 from dropclass.losses import drop_path_losses, dropclass_loss, segmentation_loss
 
 @pytest.fixture(autouse=True)
@@ -142,7 +142,7 @@ def test_no_large_tensor_is_made(C, size, out_size):
         with Sizes() as sizes: f().backward()
         return max(sizes.nbytes)
     fused = peak(lambda: resize_dropclass_loss(*leaves, target, 3, .5)[0])
-    rows,cols = tile_size(C, size, out_size, 2**17*torch.get_num_threads())
+    with calm_threads('cpu'): rows,cols = tile_size(C, size, out_size, tile_numbers('cpu'))
     allowed = 4*max(x.numel(), 2*target.numel(), C*rows*cols, 2**17)
     assert fused<=allowed
     if C*out_size[0]*out_size[1]<x.numel(): return
@@ -213,6 +213,18 @@ def test_precision_set_by_the_newer_switches_comes_back():
         with full_precision('cpu'): assert matmul.fp32_precision=='ieee'
         assert matmul.fp32_precision=='tf32'
     finally: matmul.fp32_precision = old
+
+@pytest.mark.parametrize('n', [1, 2, 3])
+def test_threads_come_back_and_change_nothing(n):
+    x,target = torch.randn(1, 7, 40, 40, dtype=torch.float64, requires_grad=True),torch.randint(7, (1, 160, 160))
+    want,threads = resize_cross_entropy(x, target),torch.get_num_threads()
+    try:
+        torch.set_num_threads(n)
+        got = resize_cross_entropy(x, target)
+        close((got, *gradient(got, x)), (want, *gradient(want, x)))
+        with pytest.raises(KeyError), calm_threads('cpu'): raise KeyError
+        assert torch.get_num_threads()==n
+    finally: torch.set_num_threads(threads)
 
 def test_fastai_losses_can_be_fused():
     from fastai.losses import CrossEntropyLossFlat, FocalLossFlat

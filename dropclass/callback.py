@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from fastcore.basics import patch, store_attr
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import SchedLin
 from fastai.data.transforms import get_c
@@ -17,7 +18,9 @@ from fastai.learner import CastToTensor, ValueMetric
 from fastai.torch_core import norm_bias_params
 from .core import check_choice, step_generator
 from .features import dropped_class, sample_keep_mask
-from .head import add_dropclass, get_head, split_paths
+from .fused import find_resize, fuses, resize_dropclass_loss
+from .head import add_dropclass, get_head, main_output, split_paths
+from .importance import eval_mode
 from .losses import check_void, drop_path_losses, get_ignore_index, total_loss
 from .schedules import as_schedule, global_step, schedule_value
 
@@ -38,6 +41,7 @@ class DropClassCallback(Callback):
         per_epoch:bool=False, # Raise the schedules once per epoch, as the authors do, instead of every step?
         classifier:str|None=None, # Name of the model's classifier; None finds it
         probe:Tensor|None=None, # Batch of two images to find it with; None draws one that fits the first convolution
+        fused:bool=True, # Take the losses from the small logits where that gives the same numbers? False always stacks
         both_paths:bool=True, # Report the validation loss of both paths? Costs the drop path in validation
         seed:int=0, # Seed of the drawn classes and of the head's new weights
     ):
@@ -47,6 +51,7 @@ class DropClassCallback(Callback):
         never_drop = (never_drop,) if isinstance(never_drop, (str,int)) else tuple(never_drop)
         store_attr()
         self.drop_head,self.drop_logits,self.rows,self.fitting = None,None,[],False
+        self.routes,self.small = {},None
 
     def __setattr__(self, name, value):
         "Tidy up when fastai takes the callback off the Learner, which it does after an interrupted fit too."
@@ -119,7 +124,7 @@ def evaluating(self:DropClassCallback) -> bool: # Does the Learner only predict?
 def disarm(self:DropClassCallback):
     "Let the head answer by one path."
     head = get_head(self.learn.model)
-    if head is not None: head.keep_mask,head.both_in_eval = None,False
+    if head is not None: head.keep_mask,head.both_in_eval,head.small_only,head.small = None,False,False,None
 
 @patch
 def tidy(self:DropClassCallback):
@@ -140,7 +145,7 @@ def before_fit(self:DropClassCallback):
     if spec is not None: check_void(self.loss_func, spec.ignore_index)
     if self.setup_head(): extend_optimizer(self.learn, self.drop_head)
     self.drop_head.to(next(self.model.parameters()).device)
-    self.rows,self.fitting,self.valid_sums = [],True,[0., 0., 0.]
+    self.rows,self.fitting,self.valid_sums,self.routes = [],True,[0., 0., 0.],{}
     self.add_columns()
 
 @patch
@@ -149,7 +154,7 @@ def after_fit(self:DropClassCallback):
     if self.evaluating: return
     self.tidy()
     self.fitting = False
-    self.drop_logits = self.keep_mask = self.drop_head = None
+    self.drop_logits = self.keep_mask = self.drop_head = self.small = None
 
 # %% ../nbs/30_callback.ipynb #e346a454
 @patch
@@ -165,8 +170,9 @@ def step_state(self:DropClassCallback) -> dict: # Numbers of this step
 def before_batch(self:DropClassCallback):
     "Arm the head: with this step's mask in training, with all classes kept in validation."
     if self.evaluating: return
-    if self.training: self.now = self.step_state()
-    else: self.keep_mask = torch.ones(len(self.names))
+    if self.training: self.now,self.small = self.step_state(),self.small_route()
+    else: self.keep_mask,self.small = torch.ones(len(self.names)),None
+    self.drop_head.small_only = self.small is not None
     if self.training and self.now['lam']>=.5: self.drop_head.mark_trained()
     self.drop_head.both_in_eval = self.both_paths and not self.training
     if self.training or self.both_paths: self.drop_head.keep_mask = self.keep_mask
@@ -177,6 +183,7 @@ def after_pred(self:DropClassCallback):
     "Hand one path on, keep the other."
     if self.evaluating or self.drop_head.keep_mask is None: return
     self.drop_head.keep_mask,self.drop_head.both_in_eval = None,False
+    if self.small is not None: return self.take_small()
     if not isinstance(self.pred, Tensor):
         raise TypeError(f"The model returns {type(self.pred).__name__}, which fastai's losses cannot take: wrap it, as in Learner(dls, OutputAdapter(model), ...)")
     logits,self.drop_logits = split_paths(self.pred, len(self.yb[0]))
@@ -205,15 +212,76 @@ def before_validate(self:DropClassCallback):
     "Start the sums of the two validation losses."
     if not self.evaluating: self.valid_sums = [0., 0., 0.]
 
-# %% ../nbs/30_callback.ipynb #a7de3908
+# %% ../nbs/30_callback.ipynb #e769c8ab
+@patch
+def why_full(self:DropClassCallback) -> str|None: # A reason, or None
+    "Say why this fit needs predictions at full size in training."
+    if not self.fused: return '`fused` is off'
+    if self.normalize!='valid': return f"`normalize` is {self.normalize!r}"
+    if fuses(self.loss_func) is None: return f"{type(self.loss_func).__name__} is no cross-entropy that can be fused"
+    if len(self.yb)!=1: return 'the batch has several targets'
+    if getattr(getattr(self.learn, 'recorder', None), 'train_metrics', False): return 'metrics of training batches are asked for'
+    mine = lambda cb: isinstance(cb, (DropClassCallback, MixedPrecision))
+    foreign = lambda cb: not type(cb).__module__.startswith(('fastai.', 'dropclass.'))
+    others = [cb.name for cb in self.learn.cbs if not mine(cb) and (hasattr(type(cb), 'after_pred') or foreign(cb) and hasattr(type(cb), 'after_loss'))]
+    if others: return f"the callback {others[0]} may read the prediction"
+
+@patch
+def measure_tail(self:DropClassCallback): # Options of the resize as a dict, or a reason against it as text
+    "Send one image through the network in evaluation mode and look at what the tail does to the logits."
+    model,seen = getattr(self.learn.model, 'module', self.learn.model),[]
+    handle = self.drop_head.register_forward_hook(lambda m,args,out: seen.append(out))
+    try:
+        with torch.no_grad(), eval_mode(model): out = main_output(model(*(o[:1] for o in self.xb)))
+    finally: handle.remove()
+    if len(seen)!=1: return 'the head runs several times'
+    if seen[0].shape==out.shape: return 'the tail resizes nothing'
+    resize = find_resize(seen[0], out)
+    return 'the tail is no plain resize' if resize is None else resize
+
+@patch
+def small_route(self:DropClassCallback) -> dict|None: # Options of the fused loss, or None for the stacked route
+    "Choose the route of this step, once per size of the input."
+    key = tuple(self.xb[0].shape[1:])
+    if key not in self.routes:
+        found = self.why_full() or self.measure_tail()
+        self.routes[key] = found if isinstance(found, str) else {**fuses(self.loss_func), **found}
+    route = self.routes[key]
+    self.route = f'stacked: {route}' if isinstance(route, str) else f"fused: bilinear resize, align_corners={route['align_corners']}"
+    return None if isinstance(route, str) else route
+
+# %% ../nbs/30_callback.ipynb #575f2488
+@patch
+def take_small(self:DropClassCallback):
+    "Take the small logits from the head, and leave fastai one pixel to compare."
+    if self.drop_head.small is None: raise ValueError("The head did not run in this step: its layer is not on the way to the prediction; name another with `classifier`")
+    self.small_logits,self.drop_logits = self.drop_head.small
+    self.drop_head.small,self.full_yb = None,self.learn.yb
+    pixel = (slice(None, 1), Ellipsis, *[slice(None, 1)]*2)
+    self.learn.pred,self.learn.yb = self.small_logits[pixel],(self.full_yb[0][pixel],)
+
+@patch
+def small_losses(self:DropClassCallback) -> tuple: # Total loss and its parts plain, masked, suppression
+    "Put prediction and target back, and compute the total loss from the small logits."
+    self.learn.pred,self.learn.yb = self.small_logits,self.full_yb
+    total,parts = resize_dropclass_loss(self.small_logits, self.drop_logits, self.yb[0], self.now['dropped_class'], self.now['lam'], self.alpha, **self.small)
+    self.small_logits = self.full_yb = None
+    return (total,*parts)
+
+# %% ../nbs/30_callback.ipynb #3fe81c88
+@patch
+def stacked_losses(self:DropClassCallback) -> tuple: # Total loss and its parts plain, masked, suppression
+    "Blend the loss that fastai has computed with those of the drop path."
+    target,plain = self.yb[0],self.learn.loss_grad
+    if not torch.isfinite(plain) and not self.has_labels: plain = 0*self.pred.float().sum()
+    masked,suppression = drop_path_losses(self.drop_logits, target, self.keep_mask, self.loss_func, self.normalize)
+    return total_loss(plain, masked, suppression, self.now['lam'], self.alpha),plain,masked,suppression
+
 @patch
 def after_loss(self:DropClassCallback):
     "Blend the plain loss with the masked and the suppressing one, Eq. (9)."
     if self.evaluating or not self.training: return
-    target,plain = self.yb[0],self.learn.loss_grad
-    if not torch.isfinite(plain) and not self.has_labels: plain = 0*self.pred.float().sum()
-    masked,suppression = drop_path_losses(self.drop_logits, target, self.keep_mask, self.loss_func, self.normalize)
-    total = total_loss(plain, masked, suppression, self.now['lam'], self.alpha)
+    total,plain,masked,suppression = self.stacked_losses() if self.small is None else self.small_losses()
     self.learn.loss_grad,self.learn.loss = total,total.clone()
     parts = torch.stack([o.detach().float() for o in (plain, masked, suppression, total)])
     self.rows.append({**self.now, 'parts':parts.cpu()})
@@ -230,7 +298,7 @@ def add_columns(self:DropClassCallback):
     columns = [ValueMetric(part(i), f'{o}_loss') for i,o in enumerate(_PARTS)]
     if self.both_paths:
         valid = lambda i: lambda: self.valid_sums[i]/max(self.valid_sums[2], 1)
-        columns += [ValueMetric(valid(0), 'valid_plain'), ValueMetric(valid(1), 'valid_drop')]
+        columns += [ValueMetric(valid(0), 'valid_plain_loss'), ValueMetric(valid(1), 'valid_drop_loss')]
     columns.append(ValueMetric(self.drop_share, 'drop_share'))
     for o in columns: o.of_dropclass = True
     self.learn.metrics = list(self.learn.metrics)+columns

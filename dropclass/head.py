@@ -91,6 +91,7 @@ class DropClassHead(nn.Module):
         self.form = check_choice(form or ('closed form' if has_kernel(classifier) else 'autograd'), ['closed form','autograd'], 'form')
         self.detach,self.signed,self.beside = detach,signed,tuple(beside)
         self.keep_mask,self.both_in_eval,self.one_path,self.quiet = None,False,None,False
+        self.small_only,self.small = False,None
         self.tail,self.leaf = None,None
         weight,kind = next(classifier.parameters(), None),_conv_kind(classifier)
         if weight is None: raise ValueError(f"The classifier {type(classifier).__name__} has no weights: name the layer that turns features into class scores")
@@ -187,6 +188,15 @@ def armed(self:DropClassHead) -> bool: # Will the next forward return both paths
     return self.keep_mask is not None and (self.training or self.both_in_eval)
 
 @patch
+def keep_small(self:DropClassHead,
+    logits:Tensor, # Logits of the plain path (N,C,h1,w1)
+    drop_logits:Tensor, # Logits of the drop path (N,C,h1,w1)
+) -> Tensor: # One channel (N,1,h1,w1) that stands for both on the way through the tail
+    "Keep the logits for a loss that takes them small, and spare the tail all channels but one."
+    self.small = logits,drop_logits
+    return logits[:,:1]+0*drop_logits[:,:1] # Both in the graph, so that no distributed wrapper takes a path for unused
+
+@patch
 def answer(self:DropClassHead,
     features:Tensor, # Features (N,K,h1,w1)
 ) -> Tensor: # Logits (N,C,h1,w1); both paths stacked (2N,C,h1,w1) while armed
@@ -195,7 +205,9 @@ def answer(self:DropClassHead,
     if self.armed:
         if self.one_path=='plain': return self.classify(features)
         drop_logits = self.drop_logits(features, self.keep_mask)
-        return drop_logits if self.one_path=='drop' else torch.cat([self.classify(features), drop_logits])
+        if self.one_path=='drop': return drop_logits
+        logits = self.classify(features)
+        return self.keep_small(logits, drop_logits) if self.small_only else torch.cat([logits, drop_logits])
     if self.training and torch.is_grad_enabled() and not self.quiet: self.warn_unarmed()
     path = 'plain' if self.training else self.predicts
     if path=='plain': return self.classify(features)
@@ -250,7 +262,7 @@ def split_paths(
     if isinstance(out, (tuple,list)):
         pairs = [split_paths(o, batch_size) for o in out]
         return type(out)(o[0] for o in pairs), type(out)(o[1] for o in pairs)
-    if len(out)==2*batch_size: return out[:batch_size], out[batch_size:]
+    if len(out)==2*batch_size: return out.split(batch_size) # One backward for both; two slices would fill 2N rows twice
     if len(out)==batch_size: return out, None
     raise ValueError(f"An output of shape {tuple(out.shape)} holds neither {batch_size} nor {2*batch_size} rows for a batch of {batch_size}: "
                      "something behind the classifier mixes rows; give `batch_size` the number of images the model got")

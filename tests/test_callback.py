@@ -24,7 +24,7 @@ from dropclass.testing import ToyNet, toy_batch, toy_dls, toy_learner, test_same
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*insecure.*', 'ignore:.*IPython.*')
 same_bits.__test__ = False
-COLUMNS = ['plain_loss', 'masked_loss', 'suppression_loss', 'valid_plain', 'valid_drop', 'drop_share']
+COLUMNS = ['plain_loss', 'masked_loss', 'suppression_loss', 'valid_plain_loss', 'valid_drop_loss', 'drop_share']
 CODES = ['road', 'car', 'sky', 'person']
 
 
@@ -99,13 +99,13 @@ def test_save_model_every_epoch(tmp_path):
     learn.fit(1, cbs=DropClassCallback())
 
 
-@pytest.mark.parametrize('monitor', ['valid_drop', 'valid_plain', 'plain_loss'])
+@pytest.mark.parametrize('monitor', ['valid_drop_loss', 'valid_plain_loss', 'plain_loss'])
 def test_early_stopping_on_our_columns(capsys, monitor):
     "Our columns can be monitored; a stopped fit is clean."
     learn,cb = toy_learner(lr=0.),DropClassCallback(lam=0., drop_prob=0.)
     learn.model.backbone[1].momentum = 0. # With lr=0 nothing changes, so nothing improves
     loss_func = learn.loss_func
-    learn.fit(6, cbs=[cb, EarlyStoppingCallback(monitor=monitor, comp=np.less, min_delta=1e-2, patience=2)])
+    learn.fit(6, cbs=[cb, EarlyStoppingCallback(monitor=monitor, min_delta=1e-2, patience=2)])
     assert len(learn.recorder.values)==3 and 'early stopping' in capsys.readouterr().out
     assert cb.history.epoch.max()==2
     assert_clean(learn, loss_func)
@@ -543,8 +543,8 @@ def test_last_batch_of_another_size():
     learn.fit(1, cbs=Callback(after_loss=lambda self: None if self.training else seen.append((len(self.pred), self.loss.item()))))
     row = records(learn)[0]
     assert [n for n,_ in seen]==[4, 1]
-    assert row['valid_plain']==pytest.approx((4*seen[0][1]+seen[1][1])/5, rel=1e-5)
-    assert row['valid_plain']==pytest.approx(row['valid_loss'], rel=1e-5)
+    assert row['valid_plain_loss']==pytest.approx((4*seen[0][1]+seen[1][1])/5, rel=1e-5)
+    assert row['valid_plain_loss']==pytest.approx(row['valid_loss'], rel=1e-5)
 
 
 def test_void_batch_in_validation():

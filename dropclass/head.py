@@ -90,8 +90,9 @@ class DropClassHead(nn.Module):
         self.predict = check_choice(predict, ['auto','plain','drop','mean'], 'predict')
         self.form = check_choice(form or ('closed form' if has_kernel(classifier) else 'autograd'), ['closed form','autograd'], 'form')
         self.detach,self.signed,self.beside = detach,signed,tuple(beside)
-        self.keep_mask,self.both_in_eval,self.one_path,self.quiet = None,False,None,False
-        self.small_only,self.small = False,None
+        self.keep_mask,self.both_in_eval = None,False # Armed by which mask; both paths in evaluation too?
+        self.small_only,self.small = False,None # Keep the logits instead of sending them through the tail? Where they are kept
+        self.one_path,self.quiet = None,False # Which path this run of the tail is for; has the warning been given?
         self.tail,self.leaf = None,None
         weight,kind = next(classifier.parameters(), None),_conv_kind(classifier)
         if weight is None: raise ValueError(f"The classifier {type(classifier).__name__} has no weights: name the layer that turns features into class scores")
@@ -175,17 +176,18 @@ def predicts(self:DropClassHead) -> str: # 'plain', 'drop' or 'mean'
     if self.predict!='auto': return self.predict
     return 'drop' if self._drop_trained else 'plain'
 
+@patch(as_prop=True)
+def armed(self:DropClassHead) -> bool: # Will the next forward return both paths?
+    "Tell whether a mask is armed; in evaluation mode it counts only if both paths were asked for."
+    return self.keep_mask is not None and (self.training or self.both_in_eval)
+
+# %% ../nbs/20_head.ipynb #17e07428
 @patch
 def warn_unarmed(self:DropClassHead):
     "Warn, once, that a training step leaves the drop path untrained."
     self.quiet = True
     warnings.warn("A model with a DropClassHead trains without a keep mask, so its drop path learns nothing: fit with `cbs=DropClassCallback()`, "
                   "use `head.dropping(keep_mask)` in your own loop, or `remove_dropclass(model)`")
-
-@patch(as_prop=True)
-def armed(self:DropClassHead) -> bool: # Will the next forward return both paths?
-    "Tell whether a mask is armed; in evaluation mode it counts only if both paths were asked for."
-    return self.keep_mask is not None and (self.training or self.both_in_eval)
 
 @patch
 def keep_small(self:DropClassHead,
@@ -196,6 +198,7 @@ def keep_small(self:DropClassHead,
     self.small = logits,drop_logits
     return logits[:,:1]+0*drop_logits[:,:1] # Both in the graph, so that no distributed wrapper takes a path for unused
 
+# %% ../nbs/20_head.ipynb #d57aeb9f
 @patch
 def answer(self:DropClassHead,
     features:Tensor, # Features (N,K,h1,w1)

@@ -51,6 +51,7 @@ def resize_logits(
 # %% ../nbs/21_models.ipynb #dc1af843
 def _without_fastai(x):
     "Take fastai's type off a tensor; any other subclass stays, `torch.export` traces with one."
+    if torch.compiler.is_compiling(): return x # A tracer has types of its own
     return x.as_subclass(Tensor) if any(c.__module__.startswith('fastai.') for c in type(x).__mro__) else x
 
 class OutputAdapter(nn.Module):

@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['HARBOUR', 'FILLS', 'PIXELS', 'harbour', 'train_harbour', 'as_spec', 'Subject', 'open_model', 'open_data',
-           'iter_batches', 'evaluating', 'image_stats', 'heavy_blur', 'inpaint', 'make_fill', 'erase', 'image_counts',
-           'ErasedImages', 'Colocation', 'colocation', 'vulnerable_classes', 'robustness_table', 'plot_robustness',
-           'load_colocation']
+           'iter_batches', 'image_stats', 'heavy_blur', 'inpaint', 'make_fill', 'erase', 'image_counts', 'ErasedImages',
+           'Colocation', 'colocation', 'vulnerable_classes', 'robustness_table', 'plot_robustness', 'load_colocation']
 
-# %% ../nbs/61_analysis_context.ipynb #54c44cff
+# %% ../nbs/61_analysis_context.ipynb #6f4a5165
 import json
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +19,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
-from .core import VOID, ClassSpec, check_choice, step_generator
+from .core import VOID, ClassSpec, check_choice, eval_mode, step_generator
 from .head import get_head
 from .losses import get_ignore_index
 from .metrics import class_iou, confusion_matrix
@@ -164,18 +162,6 @@ def iter_batches(
         if left is not None: x,y = x[:left],y[:left]
         if len(x): yield x,y.long()
         if left is not None and (left := left-len(x))<=0: return
-
-@contextmanager
-def evaluating(
-    model:nn.Module, # The network
-):
-    "Run in evaluation mode without gradients, then restore the mode of every module."
-    modes = {m:m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(): yield next(model.parameters(), torch.empty(0)).device
-    finally:
-        for m,training in modes.items(): m.training = training
 
 # %% ../nbs/61_analysis_context.ipynb #f1e9f7e1
 FILLS = ('mean','noise','blur','inpaint')
@@ -338,7 +324,8 @@ def colocation(
     subject,start = open_model(model, spec, path, label),time.perf_counter()
     data,spec,net,n = open_data(subject, data, test),subject.spec,subject.model,0
     C = len(spec)
-    with evaluating(net) as device:
+    device = next(net.parameters(), torch.empty(0)).device
+    with torch.no_grad(), eval_mode(net):
         paint = make_fill(fill, image_stats(data, device, max_images) if isinstance(fill, str) and fill in ('mean','noise') else None, seed)
         count = lambda x,y: image_counts(net, x, y, spec).cpu()
         total,change,presence = (torch.zeros(*[C]*d, dtype=torch.long) for d in (2, 3, 1))

@@ -16,11 +16,10 @@ from fastai.callback.schedule import SchedLin
 from fastai.data.transforms import get_c
 from fastai.learner import CastToTensor, ValueMetric
 from fastai.torch_core import norm_bias_params
-from .core import check_choice, step_generator
+from .core import check_choice, eval_mode, step_generator
 from .features import dropped_class, sample_keep_mask
 from .fused import find_resize, fuses, resize_dropclass_loss
 from .head import add_dropclass, get_head, main_output, split_paths
-from .importance import eval_mode
 from .losses import check_void, drop_path_losses, get_ignore_index, total_loss
 from .schedules import as_schedule, global_step, schedule_value
 

@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['VOID', 'check_num_classes', 'check_unit', 'check_choice', 'check_target', 'distinct_colors', 'ClassSpec',
-           'class_index', 'colorize', 'step_generator']
+           'class_index', 'colorize', 'eval_mode', 'step_generator']
 
-# %% ../nbs/00_core.ipynb #6f130443
+# %% ../nbs/00_core.ipynb #e58d4be6
 import hashlib
 import colorsys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 
 import torch
-from torch import Tensor
+from torch import nn, Tensor
 
 # %% ../nbs/00_core.ipynb #e28e367c
 def check_num_classes(
@@ -118,6 +119,19 @@ def colorize(
     table = torch.zeros(max(len(spec), int(mask.max())+1, 1), 3, dtype=torch.uint8)
     table[:len(spec)] = spec.palette
     return table[mask]
+
+# %% ../nbs/00_core.ipynb #00eb2be0
+@contextmanager
+def eval_mode(
+    model, # An `nn.Module`; anything else is left as it is
+):
+    "Put a module and its parts in evaluation mode, and each part back in its own mode afterwards."
+    modes = {o:o.training for o in model.modules()} if isinstance(model, nn.Module) else {}
+    try:
+        for o in modes: o.training = False
+        yield model
+    finally:
+        for o,training in modes.items(): o.training = training
 
 # %% ../nbs/00_core.ipynb #e89ba645
 def step_generator(

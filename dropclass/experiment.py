@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['METHODS', 'DATA', 'writing', 'write_json', 'Config', 'config_hash', 'make_data', 'PixelLoss', 'make_loss',
            'make_opt_func', 'poly', 'lr_schedule', 'read_schedule', 'make_method', 'make_learner', 'random_states',
-           'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'EpochLines', 'open_folder',
-           'read_config', 'summarize', 'evaluate_paths', 'plot_examples', 'finish_run', 'train_run', 'Run', 'load_run']
+           'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'EpochLines', 'check_unused',
+           'open_folder', 'read_config', 'summarize', 'evaluate_paths', 'plot_examples', 'finish_run', 'train_run',
+           'Run', 'load_run']
 
-# %% ../nbs/70_experiment.ipynb #5d7be7ac
+# %% ../nbs/70_experiment.ipynb #09dd1cbb
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -182,8 +184,8 @@ def make_method(
     if config.method=='plain':
         if config.dropclass: raise ValueError(f"`method='plain'` has no options, got {', '.join(config.dropclass)}: drop them, or use `method='dropclass'`")
         return []
-    known = [k for k in DropClassCallback.__init__.__annotations__]+['lam','drop_prob','never_drop']
-    options = {check_choice(k, dict.fromkeys(known), 'DropClass option'):v for k,v in config.dropclass.items()}
+    known = [o for o in inspect.signature(DropClassCallback).parameters]
+    options = {check_choice(k, known, 'DropClass option'):v for k,v in config.dropclass.items()}
     if config.method=='no_drop': options = {**options, 'drop_prob':0., 'alpha':0.}
     for k in ('lam','drop_prob'):
         if k in options: options[k] = read_schedule(options[k], k)
@@ -316,6 +318,13 @@ def _version(name):
     try: return version(name)
     except PackageNotFoundError: return None
 
+def check_unused(
+    out:str|Path, # Where a new run is to go
+):
+    "Refuse a folder that holds something already."
+    if Path(out).is_dir() and any(Path(out).iterdir()):
+        raise FileExistsError(f"{out} holds another run: choose a new folder, delete this one, or continue it with `resume`")
+
 def open_folder(
     out:str|Path, # The run's folder; made when missing
     config:Config, # The run
@@ -324,8 +333,7 @@ def open_folder(
     "Make the folder of a run, or check that the one there is this very run's."
     out = Path(out)
     if not resume:
-        if out.is_dir() and any(out.iterdir()):
-            raise FileExistsError(f"{out} holds another run: choose a new folder, delete this one, or continue it with `resume`")
+        check_unused(out)
         try: out.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise OSError(f"Cannot make the folder {out} ({e.strerror}): choose one that can be written to") from e
         write_json(out/'config.json', dict(format=1, **asdict(config), hash=config_hash(config), versions={o:_version(o) for o in _VERSIONS}))
@@ -431,9 +439,9 @@ def train_run(
     if config.threads: torch.set_num_threads(config.threads)
     make_method(config) # Refuses wrong options before anything is written
     if resume and (out/'metrics.json').is_file() and read_config(out)==config: return load_run(out)
-    learn = make_learner(config, out) if not resume else None
+    if not resume: check_unused(out)
+    learn = make_learner(config, out) # Before the folder is made: data that cannot be read leave none behind
     checkpoint = open_folder(out, config, resume)
-    learn = make_learner(config, out) if learn is None else learn
     recorder = RunRecorder(out, config_hash(config), checkpoint)
     if not progress: learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
     learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), recorder, EpochLines(write=write), *cbs])

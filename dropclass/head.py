@@ -21,9 +21,10 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from fastcore.basics import patch
-from .core import check_choice, check_num_classes
-from .importance import conv_importance, eval_mode, iter_importance
+from .core import check_choice, check_num_classes, eval_mode
+from .importance import conv_importance, iter_importance
 from .features import class_scale, drop_features
+from .models import pick_logits
 
 # %% ../nbs/20_head.ipynb #430deec6
 _CONVS = {nn.Conv1d:nn.BatchNorm1d, nn.Conv2d:nn.BatchNorm2d, nn.Conv3d:nn.BatchNorm3d}
@@ -287,11 +288,7 @@ def main_output(
 ) -> Tensor: # The tensor of logits
     "Pick the main prediction: `out` or `logits` of a mapping, else the first tensor."
     check_dense(out)
-    if isinstance(out, Tensor): return out
-    if isinstance(out, Mapping):
-        return main_output(next((out[k] for k in ('out','logits') if out.get(k) is not None), next(iter(out.values()))))
-    if isinstance(out, (tuple,list)) and len(out): return main_output(out[0])
-    raise TypeError(f"The model returned {type(out).__name__}: expected a tensor of logits, or a dict or tuple that holds one")
+    return pick_logits(out)[0]
 
 # %% ../nbs/20_head.ipynb #0c060da4
 def make_probe(
@@ -310,22 +307,12 @@ def _fitting_size(model):
     "The first size whose forward pass works."
     for size in probe_sizes:
         try:
-            with _as_eval(model): _run(model, make_probe(model, size))
+            with torch.no_grad(), eval_mode(model): _run(model, make_probe(model, size))
             return size
         except NotDense: raise
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as err: last = err
     raise ValueError(f"No square image of {', '.join(map(str, probe_sizes))} pixels goes through {type(model).__name__} "
         f"({type(last).__name__}: {str(last)[:100]}): pass `probe`, a batch of two images (or a tuple of the model's inputs)")
-
-@contextlib.contextmanager
-def _as_eval(model):
-    "Run in evaluation mode without gradients, then restore every module's mode."
-    modes = {m:m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad(): yield
-    finally:
-        for m,training in modes.items(): m.training = training
 
 def _run(model, probe):
     "Run the model on a probe, and look at what its parts return."
@@ -406,7 +393,7 @@ def find_classifier(
     "Find the convolution with C outputs that decides the main prediction and feeds no other."
     probe = make_probe(model) if probe is None else probe
     differ = lambda a,b: a.shape!=b.shape or not torch.equal(a, b)
-    with _as_eval(model):
+    with torch.no_grad(), eval_mode(model):
         names,ends,num_classes = _candidates(model, probe, num_classes)
         out,inputs = _record(model, probe, names)
         nudged = {n:_record(model, probe, names, n) for n in names}
@@ -623,7 +610,7 @@ def _modules_before(model, head, probe):
     handles.append(head.register_forward_pre_hook(lambda *o: started.append(True)))
     quiet,head.quiet = head.quiet,True
     try:
-        with _as_eval(model): _run(model, probe)
+        with torch.no_grad(), eval_mode(model): _run(model, probe)
     finally:
         head.quiet = quiet
         for o in handles: o.remove()

@@ -6,15 +6,14 @@
 __all__ = ['class_score', 'resize_adjoint', 'conv_importance', 'exact_conv_importance', 'iter_importance', 'autograd_importance',
            'check_importance', 'importance_cosine']
 
-# %% ../nbs/10_importance.ipynb #721d871d
+# %% ../nbs/10_importance.ipynb #7846438c
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from .core import check_choice
+from .core import check_choice, eval_mode
 
 # %% ../nbs/10_importance.ipynb #b79d8be9
 def class_score(
@@ -102,19 +101,6 @@ def exact_conv_importance(
     back = F.conv_transpose2d(m, weight, dilation=conv.dilation, groups=len(weight))
     back = back[..., top:top+size[0], left:left+size[1]]
     return back.reshape(*weight.shape[:2], *size)
-
-# %% ../nbs/10_importance.ipynb #18e3cd99
-@contextmanager
-def eval_mode(
-    head, # An `nn.Module`; anything else is left as it is
-):
-    "Put a module and its parts in eval mode, and back afterwards."
-    was = {o: o.training for o in head.modules()} if isinstance(head, nn.Module) else {}
-    try:
-        for o in was: o.training = False
-        yield head
-    finally:
-        for o,training in was.items(): o.training = training
 
 # %% ../nbs/10_importance.ipynb #ec107e4c
 def head_logits(

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from fastai.learner import Metric
-from .core import VOID, ClassSpec, check_choice, check_num_classes, check_target
+from .core import check_choice, check_num_classes, check_target, ClassSpec, eval_mode, VOID
 
 # %% ../nbs/50_metrics.ipynb #b7f7012b
 def predicted_labels(
@@ -96,15 +96,10 @@ def evaluate(
     ignore_index:int=VOID, # The void label
 ) -> Tensor: # Pixel counts (C,C) of the whole data set, int64, on the CPU
     "Count what a model predicts on a data set."
-    modes = {m:m.training for m in model.modules()}
     where = next(model.parameters(), torch.empty(0)).device
     total = torch.zeros(num_classes, num_classes, dtype=torch.long, device=where)
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in dl: total += confusion_matrix(model(batch[0].to(where)), batch[-1].to(where), num_classes, ignore_index)
-    finally:
-        for m,training in modes.items(): m.training = training
+    with torch.no_grad(), eval_mode(model):
+        for batch in dl: total += confusion_matrix(model(batch[0].to(where)), batch[-1].to(where), num_classes, ignore_index)
     return total.cpu()
 
 # %% ../nbs/50_metrics.ipynb #55287214

@@ -132,7 +132,7 @@ def test_stored_runs_still_load_with_their_hash(file):
 
 
 def test_every_later_setting_changes_the_hash_and_no_default_does():
-    changes = dict(loss='focal', loss_options={'gamma':1.}, resample={'car':2}, sampling='rare_class', temperature=.1, sync_bn=True)
+    changes = dict(loss='focal', loss_options={'gamma':1.}, resample={'car':2}, sampling='rare_class', temperature=.1, sync_bn=False)
     base = Config()
     saved = json.loads(RESULTS[0].read_text())
     later = {o.name for o in fields(Config)}-set(saved)
@@ -167,3 +167,22 @@ def test_every_arm_learns(tmp_path, change):
     run = train_run(config, tmp_path/'run', progress=False, write=lambda o: None)
     assert run.history.train_loss.iloc[-1]<.95*run.history.train_loss.iloc[0]
     assert run.predicts=='plain' and run.load_model() is not None
+
+
+def test_bfloat16_trains_on_a_cpu(tmp_path):
+    config = replace(TINY, precision='bf16', epochs=12, method='plain', optimizer='adamw', lr=3e-3)
+    run = train_run(config, tmp_path/'bf16', progress=False, write=lambda o: None)
+    assert run.history.train_loss.iloc[-1]<.9*run.history.train_loss.iloc[0]
+    assert {v.dtype for k,v in weights(run.folder).items() if 'num_batches' not in k}=={torch.float32}
+    exact = train_run(replace(config, precision='float32'), tmp_path/'exact', progress=False, write=lambda o: None)
+    assert not same(weights(run.folder), weights(exact.folder))
+    assert abs(run.history.train_loss-exact.history.train_loss).max()<.1
+
+
+def test_bfloat16_resumes_bit_for_bit(tmp_path):
+    config = replace(TINY, precision='bf16')
+    train_run(config, tmp_path/'whole', progress=False, write=lambda o: None)
+    with pytest.raises(KeyboardInterrupt): train_run(config, tmp_path/'cut', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
+    assert not torch.is_autocast_enabled('cpu') # The interruption left nothing behind
+    train_run(config, tmp_path/'cut', resume=True, progress=False, write=lambda o: None)
+    assert same(weights(tmp_path/'whole'), weights(tmp_path/'cut'))

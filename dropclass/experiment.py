@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
+from torch.amp import GradScaler
 from fastai.callback.core import Callback, CancelEpochException
 from fastai.callback.fp16 import MixedPrecision, AMPMode
 from fastai.callback.schedule import ParamScheduler, SchedLin, SchedNo, combined_cos
@@ -240,9 +241,9 @@ class BFloat16(MixedPrecision):
     def __init__(self): super().__init__(amp_mode=AMPMode.BF16)
 
     def before_fit(self):
-        super().before_fit()
-        if next(self.model.parameters()).device.type!='cpu': return
-        self.autocast,self.network,forward = nullcontext(),self.model,self.model.forward
+        if next(self.model.parameters()).device.type!='cpu': return super().before_fit()
+        self.autocast,self.learn.scaler,self.scales = nullcontext(),GradScaler('cpu', enabled=False),[]
+        self.network,forward = self.model,self.model.forward
         def in_bfloat16(*args, **kwargs):
             with torch.autocast('cpu', dtype=torch.bfloat16): return to_float(forward(*args, **kwargs))
         self.network.forward = in_bfloat16

@@ -545,6 +545,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'dropclass/experiment.py'),
                                       'dropclass.experiment._as_json': ('experiment.html#_as_json', 'dropclass/experiment.py'),
                                       'dropclass.experiment._version': ('experiment.html#_version', 'dropclass/experiment.py'),
+                                      'dropclass.experiment.check_config': ('experiment.html#check_config', 'dropclass/experiment.py'),
                                       'dropclass.experiment.check_unused': ('experiment.html#check_unused', 'dropclass/experiment.py'),
                                       'dropclass.experiment.config_hash': ('experiment.html#config_hash', 'dropclass/experiment.py'),
                                       'dropclass.experiment.data_function': ('experiment.html#data_function', 'dropclass/experiment.py'),

@@ -6,7 +6,7 @@
 __all__ = ['CITYSCAPES_TRAIN_CLASSES', 'HRNET_WEIGHTS', 'LOSSES', 'published_weights', 'SegmentationLoss', 'OhemLoss',
            'DiceCELoss', 'region_loss', 'check_loss_fits', 'IgnoreLabelCallback']
 
-# %% ../nbs/16_baselines.ipynb #4c9ea9fa
+# %% ../nbs/16_baselines.ipynb #c786c2d5
 import math
 
 import torch
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from fastai.callback.core import Callback
 from fastai.callback.schedule import SchedLin
 from fastai.learner import CastToTensor
-from .core import VOID, ClassSpec, check_choice, check_unit, step_generator
+from .core import VOID, ClassSpec, check_choice, step_generator
 from .features import dropped_class, sample_keep_mask
-from .losses import loss_input, masked_target, plain_tensor
+from .losses import get_ignore_index, loss_input, masked_target, plain_tensor
 from .schedules import as_schedule, global_step, schedule_value
 
 # %% ../nbs/16_baselines.ipynb #3fd12e8a
@@ -132,7 +132,7 @@ def check_loss_fits(
     if name!='ce' and options.get('normalize', 'valid')!='valid':
         raise ValueError(f"`normalize={options['normalize']!r}` needs a loss that is a sum over pixels, and {name!r} is none: leave out `normalize`, or use loss='ce'")
 
-# %% ../nbs/16_baselines.ipynb #eea130bb
+# %% ../nbs/16_baselines.ipynb #89343553
 class IgnoreLabelCallback(Callback):
     "Hide the labels of one random class in each training step: the paper's Table 6, without DropClass."
     order = CastToTensor.order-4 # As `DropClassCallback`
@@ -142,15 +142,18 @@ class IgnoreLabelCallback(Callback):
         seed:int=0, # Seed of the drawn classes
     ): self.drop_prob,self.per_epoch,self.seed,self.ignored = as_schedule(drop_prob, 'drop_prob'),per_epoch,seed,[]
 
-    def before_fit(self): self.ignored,self.nothing_left = [],False
+    def before_fit(self):
+        self.ignored,self.nothing_left,self.ignore_index = [],False,get_ignore_index(self.loss_func)
+        if self.ignore_index is None: raise ValueError("The loss has no `ignore_index`, so no label can be hidden from it: use one that has, nn.CrossEntropyLoss(ignore_index=255) say")
+        if not getattr(self.dls, 'c', None): raise ValueError("The DataLoaders do not say how many classes there are: set `dls.c`")
 
     def before_batch(self):
         if not self.training: return
         step = global_step(self.epoch, self.n_iter, self.iter)
         prob = schedule_value(self.drop_prob, min(self.pct_train, 1.), self.per_epoch, self.n_epoch, 'drop_prob')
         z = dropped_class(sample_keep_mask(self.dls.c, prob, step_generator(self.seed, step)))
-        target = masked_target(plain_tensor(self.yb[0]), z, self.loss_func.ignore_index)
-        self.nothing_left = not (target!=self.loss_func.ignore_index).any()
+        target = masked_target(plain_tensor(self.yb[0]), z, self.ignore_index)
+        self.nothing_left = not (target!=self.ignore_index).any()
         self.ignored.append(z)
         self.learn.yb = (target, *self.yb[1:])
 

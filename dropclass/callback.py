@@ -337,7 +337,7 @@ def add_columns(self:DropClassCallback):
     part = lambda i: lambda: self.epoch_parts()[i]
     columns = [ValueMetric(part(i), f'{o}_loss') for i,o in enumerate(_PARTS)]
     if self.both_paths:
-        valid = lambda i: lambda: self.valid_sums[i]/max(self.valid_sums[2], 1)
+        valid = lambda i: lambda: self.valid_sums[i]/self.valid_sums[2] if self.valid_sums[2] else float('nan')
         columns += [ValueMetric(valid(0), 'valid_plain_loss'), ValueMetric(valid(1), 'valid_drop_loss')]
     columns.append(ValueMetric(self.drop_share, 'drop_share'))
     for o in columns: o.of_dropclass = True

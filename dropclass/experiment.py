@@ -6,15 +6,16 @@
 __all__ = ['METHODS', 'DATA', 'WEIGHTS', 'RECIPES', 'writing', 'write_json', 'Config', 'config_hash', 'data_function',
            'sampling_options', 'make_data', 'PixelLoss', 'make_weights', 'make_loss', 'make_opt_func', 'poly',
            'lr_schedule', 'read_schedule', 'make_method', 'BFloat16', 'make_learner', 'random_states',
-           'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'EpochLines', 'check_unused',
-           'open_folder', 'read_config', 'summarize', 'evaluate_paths', 'plot_examples', 'finish_run', 'train_run',
-           'Run', 'load_run', 'merge_settings', 'recipe', 'format_config']
+           'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'ValidEvery', 'EpochLines',
+           'check_unused', 'open_folder', 'read_config', 'summarize', 'evaluate_paths', 'plot_examples', 'finish_run',
+           'train_run', 'Run', 'load_run', 'merge_settings', 'recipe', 'format_config']
 
 # %% ../nbs/70_experiment.ipynb #09dd1cbb
 import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import random
 import time
@@ -29,7 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import nn
-from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.core import Callback, CancelEpochException, CancelValidException
 from fastai.callback.fp16 import MixedPrecision, AMPMode
 from fastai.callback.schedule import ParamScheduler, SchedLin, SchedNo, combined_cos
 from fastai.learner import Learner, Recorder
@@ -108,12 +109,13 @@ class Config:
     resample:dict=field(default_factory=dict) # Class -> how often its images come in an epoch, as in Table 3
     sampling:str='uniform' # Draw images 'uniform' or by 'rare_class'
     temperature:float=.01 # With 'rare_class': smaller numbers favour rare classes more
+    valid_every:int=1 # Validate after every so many epochs, and after the last
     sync_bn:bool=True # Share BatchNorm's statistics between the GPUs, where there are several?
     def __post_init__(self):
         for name,choices in dict(data=DATA, method=METHODS, weights=WEIGHTS, optimizer=('sgd','adamw'), schedule=('poly','onecycle','constant'),
                                  precision=('float32','bf16'), loss=LOSSES, sampling=('uniform','rare_class')).items():
             check_choice(getattr(self, name), choices, name)
-        for name in ('epochs','bs','lr','temperature'):
+        for name in ('epochs','bs','lr','temperature','valid_every'):
             if not getattr(self, name)>0: raise ValueError(f"`{name}` must be more than 0, got {getattr(self, name)}")
         if self.size is not None: self.size = tuple(int(o) for o in self.size)
         self.dropclass,self.data_options,self.resample = map(_as_json, (self.dropclass, self.data_options, self.resample))
@@ -348,12 +350,22 @@ class RunRecorder(Callback):
         if not self.trained: return
         took = time.perf_counter()-self.start
         names = [o for o in self.recorder.metric_names if o!='time']
-        self.row = dict(zip(names, [self.epoch, *map(float, self.recorder.values[-1])]))
+        self.row = dict(zip(names, [self.epoch, *(float('nan') if o is None else float(o) for o in self.recorder.values[-1])]))
         self.table.append(self.row)
         self.seconds,self.trained = self.seconds+took,False
         with writing(self.folder/'history.csv') as temp: pd.DataFrame(self.table).to_csv(temp, index=False)
         smooth = self.recorder.smooth_loss
         save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch, table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads())
+
+# %% ../nbs/70_experiment.ipynb #e908c162
+class ValidEvery(Callback):
+    "Skip the validation of most epochs, but not of the last."
+    order = Recorder.order+1 # Behind the Recorder, which has emptied its metrics by then
+    def __init__(self,
+        every:int=1, # Validate after every so many epochs
+    ): self.every = every
+    def before_validate(self):
+        if (self.epoch+1)%self.every and self.epoch+1<self.n_epoch: raise CancelValidException
 
 # %% ../nbs/70_experiment.ipynb #3644383d
 class EpochLines(Callback):
@@ -369,7 +381,7 @@ class EpochLines(Callback):
     def after_epoch(self):
         row = self.run_recorder.row
         if row is None: return
-        shown = '  '.join(f'{k} {row[k]:.4f}' for k in self.keep if k in row)
+        shown = '  '.join(f'{k} {row[k]:.4f}' for k in self.keep if not math.isnan(row.get(k, math.nan)))
         self.write(f"epoch {self.epoch+1:3d}/{self.n_epoch}  {shown}  {time.perf_counter()-self.run_recorder.start:.1f} s")
 
 # %% ../nbs/70_experiment.ipynb #d2a578a9
@@ -504,7 +516,7 @@ def train_run(
     checkpoint = open_folder(out, config, resume)
     recorder = RunRecorder(out, config_hash(config), checkpoint)
     if not progress: learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-    learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), recorder, EpochLines(write=write), *cbs])
+    learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), ValidEvery(config.valid_every), recorder, EpochLines(write=write), *cbs])
     finish_run(learn, out, config, recorder.seconds)
     return load_run(out)
 

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -37,8 +38,8 @@ def rows(home): return script.read_rows(home/'results'/'toy.csv')
 
 def test_every_plan_that_comes_along_is_sound():
     from dropclass.experiment import Config
-    for file in SCRIPT.parent.glob('*.json'):
-        plan = script.read_plan(file.stem)
+    for file in (ROOT/'benchmarks').glob('*/*.json'):
+        plan = script.read_plan(str(file))
         assert len(plan['runs'])>=25 and len(set(plan['runs']))==len(plan['runs'])
         hashes = [json.dumps(script.run_options(plan, *o), sort_keys=True, default=str) for o in plan['runs']]
         assert len(set(hashes))==len(hashes), 'two arms are the same'
@@ -106,3 +107,20 @@ def test_unknown_plan_and_arm(home, tmp_path):
     broken['order'].append(dict(arms=['gone'], seeds=[0]))
     (tmp_path/'toy.json').write_text(json.dumps(broken))
     with pytest.raises(SystemExit, match='gone'): script.read_plan(str(tmp_path/'toy.json'))
+
+
+def test_packed_folder_runs_on_its_own(home, tmp_path):
+    import pack
+    pack.pack(tmp_path/'packed', home/'data', quality=95)
+    shutil.copy(home/'toy.json', tmp_path/'packed'/'code'/'benchmarks'/'camvid')
+    (tmp_path/'python3').write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path/'python3').chmod(0o755)
+    env = {**os.environ, 'PATH':f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(['sh', str(tmp_path/'packed'/'go.sh'), 'toy', '--arms', 'plain', '--jobs', '1'], capture_output=True, text=True, env=env, timeout=300)
+    assert result.returncode==0, result.stdout+result.stderr
+    rows = script.read_rows(tmp_path/'packed'/'results'/'toy.csv')
+    assert len(rows)==2 and rows[0]['code']==script.code_hash()
+    from dropclass.data_camvid import camvid_items
+    (x,y),(a,b) = camvid_items(tmp_path/'packed'/'camvid', size=None)[0][0],camvid_items(home/'data', size=None)[0][0]
+    assert (y==b).all() and (x.float()-a.float()).abs().mean()<8
+    with pytest.raises(FileExistsError): pack.pack(tmp_path/'packed', home/'data')

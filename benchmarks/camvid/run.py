@@ -2,9 +2,11 @@
 
     python benchmarks/camvid/run.py cpu --data FOLDER            # the plan benchmarks/camvid/cpu.json
     python benchmarks/camvid/run.py cpu --list                   # what is done and what is left
+    python benchmarks/camvid/run.py benchmarks/scenes/map.json   # another plan, on another data set
 
 A plan is a table of arms (settings of `dropclass.experiment.Config` on top of shared ones), and the order in which arms and seeds are run. Every finished run adds a row to
-results/camvid/PLAN.csv, and a folder of small files to results/camvid/PLAN/ARM-sSEED: configuration, learning curve, confusion matrices of all paths, counts with every class erased, the classifier's weights.
+results/camvid/PLAN.csv, and a folder of small files to results/camvid/PLAN/ARM-sSEED: configuration, learning curve, confusion matrices of all paths and, unless the plan says `"context": false`, counts with
+every class erased and the classifier's weights.
 
 A row names the commit and the hash of the code that training passes through. Rows of different code never share a table: where this code is not that of the rows, the script
 says which commit to check out. A run is always trained to its planned end; it is never lengthened.
@@ -63,9 +65,9 @@ def code_hash(root=ROOT):
     return hashlib.sha256('\0'.join(f'{o}\n'+bare(root/'dropclass'/f'{o}.py') for o in found).encode()).hexdigest()[:12]
 
 def commit_of(root=ROOT):
-    "The commit that is checked out, 'unknown' outside a repository."
+    "The commit that is checked out, or that was packed."
     try: return subprocess.run(['git', '-C', root, 'rev-parse', '--short=10', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError): return 'unknown'
+    except (OSError, subprocess.CalledProcessError): return (root/'COMMIT').read_text() if (root/'COMMIT').is_file() else 'unknown' # What pack.py noted
 
 
 # ---------------------------------------------------------------- rows
@@ -86,8 +88,9 @@ def add_row(table, row):
     rows = [*read_rows(table), row]
     table.parent.mkdir(parents=True, exist_ok=True)
     temp = table.with_name(f'.{table.name}.part')
+    extra = dict.fromkeys(k for o in rows for k in o if k not in COLUMNS)
     with open(temp, 'w', newline='') as f:
-        writer = csv.DictWriter(f, COLUMNS, lineterminator='\n')
+        writer = csv.DictWriter(f, [*COLUMNS[:-1], *extra, COLUMNS[-1]], lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temp, table)
@@ -103,11 +106,13 @@ def make_row(plan, arm, seed, folder, code, threads):
     "The row of a finished run."
     import pandas as pd, torch
     config,metrics = (json.loads((folder/o).read_text()) for o in ('config.json','metrics.json'))
-    history,paths = pd.read_csv(folder/'history.csv'),metrics['tests']['valid']
+    history = pd.read_csv(folder/'history.csv')
     row = dict(plan=plan['name'], arm=arm, seed=seed, commit=commit_of(), code=code, config=config['hash'], finished=date.today().isoformat(), threads=threads,
                device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', torch=torch.__version__, seconds=metrics['seconds'], epochs=metrics['epochs'],
                path=metrics['predicts'], best_miou=round(100*history.miou.max(), 2), still_rising=still_rising(history), folder=f"{plan['name']}/{arm}-s{seed}")
-    for p,scores in paths.items(): row |= {f'miou_{p}':round(100*scores['miou'], 3), f'rare_{p}':round(100*scores['rare_miou'], 3)}
+    for test,found in metrics['tests'].items():
+        prefix = '' if test=='valid' else f'{test}_'
+        for p,scores in found.items(): row |= {f'{prefix}miou_{p}':round(100*scores['miou'], 3), f'{prefix}rare_{p}':round(100*scores['rare_miou'], 3)}
     return row
 
 
@@ -124,10 +129,10 @@ def train_one(plan, arm, seed, data, out):
     resume = (out/'checkpoint.pt').is_file()
     if not resume and out.is_dir(): shutil.rmtree(out)
     run = train_run(config, out, resume, progress=False, write=lambda o: print(o, flush=True))
-    model = run.load_model()
-    write_json(out/'classifier.json', classifier_weight(model, None, len(run.spec)).tolist())
-    dls = make_data(config)
-    colocation(model.to(dls.device), dls.valid, run.spec, label=f'{arm}, seed {seed}').save(out/'context.json')
+    if plan.get('context', True):
+        model,dls = run.load_model(),make_data(config)
+        write_json(out/'classifier.json', classifier_weight(model, None, len(run.spec)).tolist())
+        colocation(model.to(dls.device), dls.valid, run.spec, label=f'{arm}, seed {seed}').save(out/'context.json')
     (out/'done').touch()
 
 
@@ -135,17 +140,18 @@ def train_one(plan, arm, seed, data, out):
 
 def start(args, plan, arm, seed, out):
     "Start one run in a process of its own; what it prints goes to a log."
-    threads = str(plan['shared'].get('threads') or 1)
+    threads,data = str(plan['shared'].get('threads') or 1),[] if args.data is None else ['--data', str(args.data)]
     env = {**os.environ, 'OMP_NUM_THREADS':threads, 'MKL_NUM_THREADS':threads, 'PYTHONUNBUFFERED':'1', 'PYTHONPATH':os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.with_suffix('.log'), 'a') as log:
-        return subprocess.Popen([sys.executable, __file__, args.plan, '--data', str(args.data), '--one', arm, str(seed), str(out)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
+        return subprocess.Popen([sys.executable, __file__, args.plan, *data, '--one', arm, str(seed), str(out)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 def keep(results, plan, arm, seed, folder, code):
     "Copy a run's small files, then add its row."
     target = results/plan['name']/f'{arm}-s{seed}'
     target.mkdir(parents=True, exist_ok=True)
-    for o in KEPT: shutil.copyfile(folder/o, target/o)
+    for o in KEPT:
+        if (folder/o).is_file(): shutil.copyfile(folder/o, target/o)
     row = make_row(plan, arm, seed, folder, code, plan['shared'].get('threads'))
     add_row(results/f"{plan['name']}.csv", row)
     return row
@@ -206,8 +212,9 @@ def main():
     args = parser.parse_args()
     plan = read_plan(args.plan)
     if args.list: return show(args, plan)
-    if args.data is None: parser.error("give --data, the folder of a CamVid copy")
-    if args.one: return train_one(plan, args.one[0], int(args.one[1]), str(args.data), Path(args.one[2]))
+    if args.data is None and plan['shared']['data']!='scenes': parser.error("give --data, the folder of the images")
+    data = None if args.data is None else str(args.data)
+    if args.one: return train_one(plan, args.one[0], int(args.one[1]), data, Path(args.one[2]))
     for o in (signal.SIGTERM, signal.SIGHUP):
         with contextlib.suppress(ValueError): signal.signal(o, lambda *_: sys.exit(143))
     run_all(args, plan)

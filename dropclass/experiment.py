@@ -79,7 +79,7 @@ class Config:
     arch:str='small' # Network, see `model_names`; 'timm:NAME' for any timm encoder
     weights:str='none' # Class weights of the loss: 'none' or 'median' (median-frequency balancing)
     epochs:int=20 # Epochs of the whole run
-    bs:int=8 # Images in a batch
+    bs:int=8 # Images in a batch; of each process, if there are several
     size:tuple|None=None # Height and width of the images, in pixels; None is the data set's own
     lr:float=.03 # Largest learning rate
     optimizer:str='sgd' # 'sgd' (momentum 0.9) or 'adamw'

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip('accelerate')
 from fastai.callback.core import Callback
@@ -23,11 +25,14 @@ from functools import partial
 from safetensors.torch import load_file
 
 from dropclass.callback import DropClassCallback
-from dropclass.core import VOID
+from dropclass.core import VOID, step_generator
 from dropclass.distributed import RankDL, over_ranks, split_dl
 from dropclass.experiment import Config, RunRecorder, load_run, train_run
+from dropclass.features import dropped_class, sample_keep_mask
+from dropclass.head import add_dropclass, fold_dropclass, get_head, split_paths
+from dropclass.losses import dropclass_loss
 from dropclass.metrics import evaluate, segmentation_metrics
-from dropclass.ranks import is_first, joined, num_ranks, sum_over_ranks
+from dropclass.ranks import is_first, joined, num_ranks, pixel_shares, shared_weights
 from dropclass.testing import ToyNet, toy_batch
 
 TINY = Config(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=20, n_valid=5), threads=1) # 10 images on each of 2 ranks, two steps an epoch
@@ -68,8 +73,10 @@ def on_ranks(job, world, folder, timeout=100):
 
 class FrozenNorms(Callback):
     "Keeps every BatchNorm in evaluation mode."
-    def before_train(self):
-        for o in self.model.modules():
+    def before_train(self): self.freeze(self.model)
+    @staticmethod
+    def freeze(model):
+        for o in model.modules():
             if isinstance(o, nn.modules.batchnorm._BatchNorm): o.eval()
     def before_backward(self): self.learn.loss = self.loss.float() # fastai's running mean takes no float64
 
@@ -113,7 +120,28 @@ def five_steps(variant, ranks=1):
     return found
 
 
-def all_variants(folder): return {o:five_steps(o) for o in VARIANTS}
+def plain_loop(ranks=1):
+    "The same without fastai: the head in a network that PyTorch wraps, as the page on many machines has it."
+    items,each = images(STEPS*JOINED),JOINED//ranks
+    torch.manual_seed(0)
+    model = ToyNet().double()
+    head = add_dropclass(model, 4)
+    FrozenNorms.freeze(model)
+    net = DistributedDataParallel(model) if num_ranks()>1 else model
+    opt,ce = torch.optim.SGD(model.parameters(), lr=.05, momentum=.9),nn.CrossEntropyLoss(ignore_index=VOID)
+    for step in range(STEPS):
+        members = [dist.get_rank()] if num_ranks()>1 else range(ranks)
+        x,y = (torch.stack([items[r*STEPS*each+step*each+i][k] for r in members for i in range(each)]) for k in (0,1))
+        keep_mask,lam = sample_keep_mask(4, 1., step_generator(0, step)),step/STEPS
+        with head.dropping(keep_mask): logits,drop_logits = split_paths(net(x), len(x))
+        factor,lam_,alpha_ = shared_weights(lam, 10., *pixel_shares(y, ce, dropped_class(keep_mask)))
+        (factor*dropclass_loss(logits, drop_logits, y, keep_mask, lam_, alpha_, ce)).backward()
+        opt.step()
+        opt.zero_grad()
+    return model.state_dict()
+
+
+def all_variants(folder): return {**{o:five_steps(o) for o in VARIANTS}, 'loop':plain_loop(num_ranks())}
 
 
 @pytest.fixture(scope='module', params=[2, 4])
@@ -136,6 +164,46 @@ def test_five_steps_equal_those_of_one_process_on_the_joined_batch(trained, vari
         assert len({tuple(o[variant]['dropped']) for o in [*found, {variant:one}]})==1 # The same classes, on all ranks and on one
         if 'lam 0' not in variant: assert None not in one['dropped'] and len(one['dropped'])==STEPS
     assert any((v-start[k]).abs().max()>1e-3 for k,v in one['model'].items() if k in start)
+
+
+def test_a_plain_loop_takes_the_same_steps(trained):
+    found,ranks = trained
+    one = plain_loop(ranks)
+    for rank in found:
+        for k,v in one.items(): assert (rank['loop'][k]-v).abs().max()<=1e-9, k
+
+
+# ---- SyncBatchNorm
+
+class TwoTails(nn.Module):
+    "A network whose logits depend on the image behind the head too, so that its tail runs twice."
+    def __init__(self):
+        super().__init__()
+        self.net,self.norm,self.skip = ToyNet(),nn.BatchNorm2d(4),nn.Conv2d(3, 4, 1)
+    def forward(self, x): return self.norm(self.net(x))+self.skip(x)
+
+
+@pytest.mark.parametrize('network', [ToyNet, TwoTails])
+def test_synchronised_norms_change_no_number_on_one_process(network):
+    "What a GPU run converts to before the fit, and keeps after it."
+    torch.manual_seed(0)
+    x,model = toy_batch()[0],network()
+    head = add_dropclass(model, 4, classifier=None if network is ToyNet else 'net.classifier', predict='drop')
+    keys,before = list(model.state_dict()),both_paths(model, head, x)
+    synced = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert any(isinstance(o, nn.SyncBatchNorm) for o in get_head(synced).modules())
+    assert list(synced.state_dict())==keys
+    for a,b in zip(both_paths(synced, get_head(synced), x), before): assert torch.equal(a, b)
+    if get_head(synced).form=='autograd': return # Nothing to fold
+    with torch.no_grad():
+        out = synced.eval()(x)
+        assert (fold_dropclass(synced)(x)-out).abs().max()<1e-5
+
+
+def both_paths(model, head, x):
+    "Logits of both paths, in training mode with frozen norms."
+    FrozenNorms.freeze(model.train())
+    with head.dropping(torch.tensor([1., 0., 1., 1.])): return [o.detach() for o in split_paths(model(x), len(x))]
 
 
 # ---- shards
@@ -242,15 +310,17 @@ def test_run_counts_what_its_weights_predict(folders):
 
 # ---- commands
 
-def launch(*args):
+LAUNCHERS = {'torchrun':['torch.distributed.run', '--standalone', '--local-addr', 'localhost', '--nproc-per-node', '2'],
+             'accelerate':['accelerate.commands.launch', '--multi_gpu', '--num_machines', '1', '--num_processes', '2']}
+
+
+@pytest.mark.parametrize('launcher', ['torchrun', pytest.param('accelerate', marks=pytest.mark.slow)])
+def test_launchers_start_dropclass_train(tmp_path, launcher):
+    out,(module,*options) = tmp_path/'run',LAUNCHERS[launcher]
+    if launcher=='accelerate': options += ['--main_process_port', str(free_port())]
+    command = ['dropclass.distributed', 'scenes', '--epochs', '2', '--bs', '4', '--size', '32x48', '--data-options', 'n_train=20,n_valid=5', '--threads', '1', '--out', str(out)]
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'GLOO_SOCKET_IFNAME':'lo'}
-    return subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', 'localhost', '--nproc-per-node', '2', *map(str, args)],
-                          env=env, text=True, capture_output=True, timeout=120)
-
-
-def test_torchrun_starts_dropclass_train(tmp_path):
-    out = tmp_path/'run'
-    res = launch('-m', 'dropclass.distributed', 'scenes', '--epochs', 2, '--bs', 4, '--size', '32x48', '--data-options', 'n_train=20,n_valid=5', '--threads', 1, '--out', out)
+    res = subprocess.run([sys.executable, '-m', module, *options, '-m', *command], env=env, text=True, capture_output=True, timeout=120)
     assert res.returncode==0, res.stderr
     assert len(re.findall('^Training dropclass on scenes.*2 processes', res.stdout, re.M))==1
     assert len(re.findall(r'^epoch +\d/2', res.stdout, re.M))==2
@@ -258,4 +328,4 @@ def test_torchrun_starts_dropclass_train(tmp_path):
     run = load_run(out)
     assert list(run.history)==list(one.history)
     assert sorted(o.name for o in out.iterdir())==sorted(o.name for o in one.folder.iterdir())
-    assert [o.name for o in tmp_path.iterdir() if o.name not in ('run', 'one')]==[]
+    assert sorted(o.name for o in tmp_path.iterdir())==['one', 'run']

@@ -372,7 +372,7 @@ def epoch_parts(self:DropClassCallback) -> list: # Means of plain, masked, suppr
 def valid_losses(self:DropClassCallback) -> list: # Validation loss of the plain and of the drop path
     "Average the validation losses over all batches, of all ranks."
     *losses,batches = sum_over_ranks(torch.tensor(self.valid_sums, dtype=torch.float64)).tolist()
-    return [o/max(batches, 1) for o in losses]
+    return [o/batches if batches else float('nan') for o in losses]
 
 @patch
 def drop_share(self:DropClassCallback) -> float: # 0 plain path, 1 drop path, 0.5 their mean

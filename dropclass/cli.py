@@ -186,6 +186,7 @@ def train(
     pretrained:bool=False, # Start from ImageNet weights, which are downloaded
     weights_file:str=None, # Start from this file of encoder weights
     num_workers:int=None, # Processes that load images (0)
+    valid_every:int=None, # Validate after every so many epochs, and after the last (1)
     threads:int=None, # CPU threads; 0 leaves PyTorch's choice (0)
     dropclass:str=None, # Options of DropClassCallback as KEY=VALUE,...: alpha=10,lam=hold:0.8,scale=raw,predict=plain
     data_options:str=None, # Options of the data set as KEY=VALUE,...: n_train=120,bias=0.95 for scenes

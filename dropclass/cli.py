@@ -17,7 +17,8 @@ import sys
 import tempfile
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -47,7 +48,7 @@ def one_line_errors(
         raise SystemExit(141) from None
     except (ValueError, OSError, ImportError) as e:
         if debug or not in_command(): raise
-        print(f"Error: {' '.join(str(e).split())}", file=sys.stderr)
+        if os.environ.get('RANK', '0')=='0': print(f"Error: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 # %% ../nbs/72_cli.ipynb #01c074b6
@@ -163,18 +164,21 @@ def train_command(
     resume:bool=False, # Continue an interrupted run?
     quiet:bool=False, # No progress bar?
     debug:bool=False, # Show the traceback of an error?
-): # `Run`
+): # `Run`; None on all processes but the first
     "Train by options, and report."
-    target = [out]
-    with one_line_errors(debug, lambda: _after_interrupt(target[0]) if target[0] else ''):
+    target = [None]
+    with one_line_errors(debug, lambda: _after_interrupt(target[0]) if target[0] else ''), ExitStack() as stack:
         from dropclass.experiment import read_config, train_run
-        config = make_config(options, read_config(out) if resume and out else None)
-        target[0] = out = Path(out or default_folder(config))
-        if out.is_dir() and any(out.iterdir()) and not resume: target[0] = None # Another run's: not to be touched
-        print(f"{'Resuming' if resume else 'Training'} {config.method} on {config.data}: {config.arch}, {config.epochs} epochs, seed {config.seed}, into {out}", flush=True)
-        bar = not quiet and sys.stdout.isatty()
-        run = train_run(config, out, resume, progress=False, write=lambda o: print(f'\r{o:<79}' if bar else o, flush=True), cbs=[_terminal_bar()] if bar else [])
-        _report(run)
+        from dropclass.ranks import from_first, is_first, joined, num_ranks
+        stack.enter_context(joined())
+        config = from_first(lambda: make_config(options, read_config(out) if resume and out else None))
+        out = Path(out or default_folder(config))
+        if is_first() and (resume or not (out.is_dir() and any(out.iterdir()))): target[0] = out # Else another run's: not to be touched
+        say = partial(print, flush=True) if is_first() else lambda o: None
+        say(f"{'Resuming' if resume else 'Training'} {config.method} on {config.data}: {config.arch}, {config.epochs} epochs, seed {config.seed}{f', {num_ranks()} processes' if num_ranks()>1 else ''}, into {out}")
+        bar = not quiet and sys.stdout.isatty() and is_first()
+        run = train_run(config, out, resume, progress=False, write=lambda o: say(f'\r{o:<79}' if bar else o), cbs=[_terminal_bar()] if bar else [])
+        if run: _report(run)
         return run
 
 # %% ../nbs/72_cli.ipynb #a9965281
@@ -217,6 +221,7 @@ def train(
     pretrained:bool=False, # Start from ImageNet weights, which are downloaded
     weights_file:str=None, # Start from this file of encoder weights
     num_workers:int=None, # Processes that load images (0)
+    valid_every:int=None, # Validate after every so many epochs, and after the last (1)
     threads:int=None, # CPU threads; 0 leaves PyTorch's choice (0)
     dropclass:str=None, # Options of DropClassCallback as KEY=VALUE,...: alpha=10,lam=hold:0.8,scale=raw,predict=plain
     data_options:str=None, # Options of the data set as KEY=VALUE,...: n_train=120,bias=0.95 for scenes

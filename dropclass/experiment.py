@@ -6,15 +6,16 @@
 __all__ = ['METHODS', 'DATA', 'WEIGHTS', 'RECIPES', 'writing', 'write_json', 'check_config', 'Config', 'config_hash',
            'data_function', 'sampling_options', 'make_data', 'PixelLoss', 'make_weights', 'make_loss', 'make_opt_func',
            'poly', 'lr_schedule', 'read_schedule', 'make_method', 'BFloat16', 'make_learner', 'random_states',
-           'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'EpochLines', 'check_unused',
-           'open_folder', 'read_config', 'summarize', 'evaluate_paths', 'plot_examples', 'finish_run', 'train_run',
-           'Run', 'load_run', 'merge_settings', 'recipe', 'format_config']
+           'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'ValidEvery', 'EpochLines',
+           'check_unused', 'open_folder', 'read_config', 'summarize', 'evaluate_paths', 'plot_examples', 'finish_run',
+           'train_run', 'Run', 'load_run', 'merge_settings', 'recipe', 'format_config']
 
 # %% ../nbs/70_experiment.ipynb #09dd1cbb
 import hashlib
 import inspect
 import io
 import json
+import math
 import os
 import random
 import time
@@ -30,12 +31,12 @@ import pandas as pd
 import torch
 from torch import nn
 from torch.amp import GradScaler
-from fastai.callback.core import Callback, CancelEpochException
+from fastai.callback.core import Callback, CancelEpochException, CancelValidException
 from fastai.callback.fp16 import MixedPrecision, AMPMode
 from fastai.callback.schedule import ParamScheduler, SchedLin, SchedNo, combined_cos
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import set_seed, to_float
+from fastai.torch_core import get_model, rank_distrib, set_seed, to_float
 from safetensors.torch import load_file, save
 from .baselines import LOSSES, IgnoreLabelCallback, check_loss_fits, published_weights, region_loss
 from .callback import DropClassCallback
@@ -45,6 +46,7 @@ from .data_sampling import RareClassDL, ResampledDL
 from .head import add_dropclass, get_head
 from .metrics import class_iou, evaluate, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
 from .models import create_model
+from .ranks import from_first, gather_ranks, is_first, joined, num_ranks
 from .schedules import hold_ramp
 
 # %% ../nbs/70_experiment.ipynb #f44420a3
@@ -87,7 +89,7 @@ def check_config(
     for name,choices in dict(data=DATA, method=METHODS, weights=WEIGHTS, optimizer=('sgd','adamw'), schedule=('poly','onecycle','constant'),
                              precision=('float32','bf16'), loss=LOSSES, sampling=('uniform','rare_class')).items():
         check_choice(getattr(config, name), choices, name)
-    for name in ('epochs','bs','lr','temperature'):
+    for name in ('epochs','bs','lr','temperature','valid_every'):
         if not getattr(config, name)>0: raise ValueError(f"`{name}` must be more than 0, got {getattr(config, name)}")
     if config.size is not None: config.size = tuple(int(o) for o in config.size)
     for name in ('dropclass','data_options','loss_options','resample'): setattr(config, name, _as_json(getattr(config, name)))
@@ -105,7 +107,7 @@ class Config:
     arch:str='small' # Network, see `model_names`; 'timm:NAME' for any timm encoder, 'unet:BACKBONE' for fastai's U-Net
     weights:str='none' # Class weights of the loss: 'none', 'median' (median-frequency balancing), or published ones: 'segnet' (CamVid), 'hrnet' (Cityscapes)
     epochs:int=20 # Epochs of the whole run
-    bs:int=8 # Images in a batch
+    bs:int=8 # Images in a batch; of each process, if there are several
     size:tuple|None=None # Height and width of the images, in pixels; None is the data set's own
     lr:float=.03 # Largest learning rate
     optimizer:str='sgd' # 'sgd' (momentum 0.9) or 'adamw'
@@ -125,6 +127,7 @@ class Config:
     resample:dict=field(default_factory=dict) # Class -> how often its images come in an epoch, as in Table 3
     sampling:str='uniform' # Draw images 'uniform' or by 'rare_class'
     temperature:float=.01 # With 'rare_class': smaller numbers favour rare classes more
+    valid_every:int=1 # Validate after every so many epochs, and after the last
     sync_bn:bool=True # Share BatchNorm's statistics between the GPUs, where there are several?
     def __post_init__(self): check_config(self)
 
@@ -275,6 +278,7 @@ def make_learner(
     learn = Learner(dls, model, make_loss(config, dls), opt_func=make_opt_func(config), lr=config.lr, wd=config.wd, path=Path(path),
                     metrics=segmentation_metrics(dls.c, counts, dls.spec.ignore_index), cbs=make_method(config))
     if config.precision=='bf16': learn.add_cb(BFloat16())
+    if not is_first(): set_seed(config.seed+1000*rank_distrib()) # Every process crops in its own way
     return learn
 
 # %% ../nbs/70_experiment.ipynb #696f6cf0
@@ -285,7 +289,9 @@ def random_states(
     name,keys,*rest = np.random.get_state()
     return dict(python=random.getstate(), numpy=[name, keys.tolist(), *rest], torch=torch.get_rng_state(),
                 cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-                loaders=[dl.rng.getstate() for dl in dls.loaders] if dls else [])
+                loaders=[_own(dl).rng.getstate() for dl in dls.loaders] if dls else [])
+
+def _own(dl): return dl.__dict__.get('dl', dl) # The DataLoader itself, where it is split over processes
 
 def set_random_states(
     states:dict, # What `random_states` gave
@@ -299,7 +305,7 @@ def set_random_states(
     torch.set_rng_state(states['torch'].cpu())
     if states['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all([o.cpu() for o in states['cuda']])
     if dls:
-        for dl,state in zip(dls.loaders, states['loaders']): dl.rng.setstate(tupled(state))
+        for dl,state in zip(dls.loaders, states['loaders']): _own(dl).rng.setstate(tupled(state))
 
 # %% ../nbs/70_experiment.ipynb #153562f2
 def save_checkpoint(
@@ -308,7 +314,9 @@ def save_checkpoint(
     **extra, # More plain data to keep
 ):
     "Write all that the rest of a run depends on."
-    state = dict(model=learn.model.state_dict(), opt=learn.opt.opt.state_dict(), random=random_states(learn.dls), **extra)
+    states = gather_ranks(random_states(learn.dls))
+    if not is_first(): return
+    state = dict(model=get_model(learn.model).state_dict(), opt=learn.opt.opt.state_dict(), random=states[0], ranks=states, **extra)
     memory = io.BytesIO() # `torch.save` to a full disk raises no OSError; writing bytes does
     torch.save(state, memory)
     with writing(path) as temp: temp.write_bytes(memory.getbuffer())
@@ -338,7 +346,7 @@ class RunRecorder(Callback):
 
     def before_fit(self):
         if self.checkpoint is None: return
-        self.model.load_state_dict(self.checkpoint['model'])
+        get_model(self.model).load_state_dict(self.checkpoint['model'])
         self.opt.opt.load_state_dict(self.checkpoint['opt'])
 
     def before_epoch(self):
@@ -346,7 +354,7 @@ class RunRecorder(Callback):
         if self.epoch<self.first: raise CancelEpochException
         self.start,self.trained = time.perf_counter(),True
         if self.checkpoint is None: return
-        set_random_states(self.checkpoint['random'], self.dls)
+        set_random_states(self.checkpoint['ranks'][rank_distrib()] if num_ranks()>1 else self.checkpoint['random'], self.dls)
         smooth = self.recorder.smooth_loss # fastai's running mean of the training loss, which goes on over epochs
         smooth.val,smooth.count = self.checkpoint['smooth']
         self.checkpoint = None
@@ -355,12 +363,23 @@ class RunRecorder(Callback):
         if not self.trained: return
         took = time.perf_counter()-self.start
         names = [o for o in self.recorder.metric_names if o!='time']
-        self.row = dict(zip(names, [self.epoch, *map(float, self.recorder.values[-1])]))
+        self.row = dict(zip(names, [self.epoch, *(float('nan') if o is None else float(o) for o in self.recorder.values[-1])]))
         self.table.append(self.row)
         self.seconds,self.trained = self.seconds+took,False
-        with writing(self.folder/'history.csv') as temp: pd.DataFrame(self.table).to_csv(temp, index=False)
+        if is_first():
+            with writing(self.folder/'history.csv') as temp: pd.DataFrame(self.table).to_csv(temp, index=False)
         smooth = self.recorder.smooth_loss
         save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch, table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads())
+
+# %% ../nbs/70_experiment.ipynb #e908c162
+class ValidEvery(Callback):
+    "Skip the validation of most epochs, but not of the last."
+    order = Recorder.order+1 # Behind the Recorder, which has emptied its metrics by then
+    def __init__(self,
+        every:int=1, # Validate after every so many epochs
+    ): self.every = every
+    def before_validate(self):
+        if (self.epoch+1)%self.every and self.epoch+1<self.n_epoch: raise CancelValidException
 
 # %% ../nbs/70_experiment.ipynb #3644383d
 class EpochLines(Callback):
@@ -375,8 +394,8 @@ class EpochLines(Callback):
 
     def after_epoch(self):
         row = self.run_recorder.row
-        if row is None: return
-        shown = '  '.join(f'{k} {row[k]:.4f}' for k in self.keep if k in row)
+        if row is None or not is_first(): return
+        shown = '  '.join(f'{k} {row[k]:.4f}' for k in self.keep if not math.isnan(row.get(k, math.nan)))
         self.write(f"epoch {self.epoch+1:3d}/{self.n_epoch}  {shown}  {time.perf_counter()-self.run_recorder.start:.1f} s")
 
 # %% ../nbs/70_experiment.ipynb #d2a578a9
@@ -403,9 +422,11 @@ def open_folder(
         check_unused(out)
         try: out.mkdir(parents=True, exist_ok=True)
         except OSError as e: raise OSError(f"Cannot make the folder {out} ({e.strerror}): choose one that can be written to") from e
-        write_json(out/'config.json', dict(format=1, **asdict(config), hash=config_hash(config), versions={o:_version(o) for o in _VERSIONS}))
+        write_json(out/'config.json', dict(format=1, **asdict(config), hash=config_hash(config), processes=num_ranks(), versions={o:_version(o) for o in _VERSIONS}))
         return None
     checkpoint = load_checkpoint(out/'checkpoint.pt')
+    ranks = len(checkpoint.get('ranks', [0]))
+    if ranks!=num_ranks(): raise ValueError(f"{out} was trained by {ranks} processes, now there are {num_ranks()}, and the batches would differ: resume with {ranks}, or start in a new folder")
     if checkpoint['key']!=config_hash(config):
         old = read_config(out)
         other = [f'{f.name} was {a!r}, is {b!r}' for f in fields(Config) if f.name!='path' and (a := getattr(old, f.name))!=(b := getattr(config, f.name))]
@@ -436,7 +457,9 @@ def evaluate_paths(
     model:nn.Module, # The trained network
     dls, # DataLoaders; `dls.unbiased`, where there is one, is a second test set
 ) -> dict: # Test set -> path -> confusion matrix (C,C)
-    "Evaluate every test set by every path."
+    "Evaluate every test set by every path, over all processes."
+    if num_ranks()>1: from dropclass.distributed import split_dl
+    else: split_dl = lambda dl: dl
     head = get_head(model)
     tests = {'valid':dls.valid, **({'unbiased':dls.unbiased} if getattr(dls, 'unbiased', None) is not None else {})}
     was = head.predict if head else None
@@ -444,7 +467,7 @@ def evaluate_paths(
     try:
         for path in ('plain','drop','mean') if head else ('plain',):
             if head: head.predict = path
-            for name,dl in tests.items(): result[name][path] = evaluate(model, dl, dls.c, dls.spec.ignore_index).cpu()
+            for name,dl in tests.items(): result[name][path] = evaluate(model, split_dl(dl), dls.c, dls.spec.ignore_index).cpu()
     finally:
         if head: head.predict = was
     return result
@@ -477,12 +500,13 @@ def finish_run(
     out:Path, # The run's folder
     config:Config, # The run
     seconds:float, # Wall time of the training
-) -> dict: # Content of `metrics.json`
+) -> dict|None: # Content of `metrics.json`; None on all processes but the first
     "Evaluate a trained network and write everything that tables are made from."
     head,spec = get_head(learn.model),learn.dls.spec
+    matrices = evaluate_paths(learn.model, learn.dls)
+    if not is_first(): return
     counts = class_counts(learn.dls.train.dataset)
     rare = [int(o) for o in rare_classes(counts)]
-    matrices = evaluate_paths(learn.model, learn.dls)
     with writing(out/'weights.safetensors') as temp: temp.write_bytes(save({k:v.contiguous() for k,v in learn.model.state_dict().items()}))
     with writing(out/'examples.png') as temp: plot_examples(learn.model, learn.dls).savefig(temp, dpi=100, format='png')
     write_json(out/'confusion.json', {t:{p:cm.tolist() for p,cm in paths.items()} for t,paths in matrices.items()})
@@ -500,20 +524,30 @@ def train_run(
     progress:bool=True, # Show fastai's progress bar?
     write=print, # Takes one line of text per epoch
     cbs=(), # More callbacks for the fit
-): # `Run`, read from the folder
+): # `Run`, read from the folder; None on all processes but the first
     "Train, evaluate and leave a run folder behind."
     out = Path(out)
     if config.threads: torch.set_num_threads(config.threads)
     make_method(config) # Refuses wrong options before anything is written
-    if resume and (out/'metrics.json').is_file() and read_config(out)==config: return load_run(out)
+    with joined():
+        if not from_first(lambda: _is_finished(out, config, resume)):
+            learn = make_learner(config, out) # Before the folder is made: data that cannot be read leave none behind
+            recorder = RunRecorder(out, config_hash(config), from_first(lambda: open_folder(out, config, resume)))
+            if not progress: learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
+            with _over_ranks(learn, config): learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), ValidEvery(config.valid_every), recorder, EpochLines(write=write), *cbs])
+            finish_run(learn, out, config, recorder.seconds)
+        return load_run(out) if is_first() else None
+
+def _is_finished(out, config, resume):
+    "Is the run done? A new one needs a folder that is free."
     if not resume: check_unused(out)
-    learn = make_learner(config, out) # Before the folder is made: data that cannot be read leave none behind
-    checkpoint = open_folder(out, config, resume)
-    recorder = RunRecorder(out, config_hash(config), checkpoint)
-    if not progress: learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-    learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), recorder, EpochLines(write=write), *cbs])
-    finish_run(learn, out, config, recorder.seconds)
-    return load_run(out)
+    return resume and (out/'metrics.json').is_file() and read_config(out)==config
+
+def _over_ranks(learn, config):
+    "Train over all processes, if there are several; accelerate is imported only then."
+    if num_ranks()==1: return nullcontext()
+    from dropclass.distributed import over_ranks
+    return over_ranks(learn, config.sync_bn)
 
 # %% ../nbs/70_experiment.ipynb #3cdc991d
 class Run:

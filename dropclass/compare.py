@@ -272,7 +272,7 @@ def save_comparison(
 
 # %% ../nbs/71_compare.ipynb #0c1fd57e
 _NO_ARM = ('seed','path','hash','versions','format','threads','num_workers') # What may differ within an arm
-_LATER = dict(loss='ce', loss_options={}, resample={}, sampling='uniform', temperature=.01, sync_bn=True, processes=1) # What runs of older versions did not write
+_LATER = dict(loss='ce', loss_options={}, resample={}, sampling='uniform', temperature=.01, sync_bn=True, valid_every=1, processes=1) # What runs of older versions did not write
 
 def group_arms(
     runs, # Several `RunFiles`

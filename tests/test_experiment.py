@@ -186,3 +186,10 @@ def test_bfloat16_resumes_bit_for_bit(tmp_path):
     assert not torch.is_autocast_enabled('cpu') # The interruption left nothing behind
     train_run(config, tmp_path/'cut', resume=True, progress=False, write=lambda o: None)
     assert same(weights(tmp_path/'whole'), weights(tmp_path/'cut'))
+
+
+def test_comparisons_know_the_defaults_that_old_runs_did_not_write():
+    from dropclass.compare import _LATER
+    base = Config()
+    later = {o.name for o in fields(Config)}-set(json.loads(RESULTS[0].read_text()))
+    assert {k:getattr(base, k) for k in later}=={k:v for k,v in _LATER.items() if k!='processes'}

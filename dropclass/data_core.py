@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MASK_MODES', 'CACHE_LIMIT', 'write_toy_folder', 'open_image', 'read_image', 'map_labels', 'read_mask',
            'labels_from_colors', 'pair_files', 'read_lines', 'split_pairs', 'SegmentationItems', 'FittedItems',
-           'find_root', 'ClassStats', 'class_stats', 'class_counts', 'presence_counts', 'median_frequency_weights',
-           'crop_coords', 'crop_images', 'crop_masks', 'BatchTransform', 'SegmentationDataset', 'PrepareItem',
-           'ClassColors', 'make_dls']
+           'workers_for', 'find_root', 'ClassStats', 'class_stats', 'class_counts', 'presence_counts',
+           'median_frequency_weights', 'crop_coords', 'crop_images', 'crop_masks', 'BatchTransform',
+           'SegmentationDataset', 'PrepareItem', 'ClassColors', 'make_dls']
 
 # %% ../nbs/40_data_core.ipynb #41a5da2b
 import random
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from fastcore.basics import GetAttr
+from fastcore.basics import GetAttr, num_cpus
 from fastai.torch_basics import ItemTransform
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IntToFloatTensor, Normalize, get_image_files
@@ -291,6 +291,13 @@ class FittedItems(SegmentationItems):
         mask = self._open_mask(path)
         labels = read_mask(mask, self._fit(mask.height, mask.width), self.label_map)
         return self._place(_check_labels(labels, self.spec, path), self.spec.ignore_index)
+
+# %% ../nbs/40_data_core.ipynb #b7edc40d
+def workers_for(
+    items:SegmentationItems, # Training images
+) -> int: # Processes: 0 for images in memory, else one a core, at most 8
+    "Choose how many processes read images."
+    return 0 if items.cached else min(8, num_cpus())
 
 # %% ../nbs/40_data_core.ipynb #7537996b
 def find_root(

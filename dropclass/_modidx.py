@@ -759,6 +759,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'dropclass.models.create_model': ('models.html#create_model', 'dropclass/models.py'),
                                   'dropclass.models.deeplabv3_mobilenetv3': ('models.html#deeplabv3_mobilenetv3', 'dropclass/models.py'),
                                   'dropclass.models.fetch': ('models.html#fetch', 'dropclass/models.py'),
+                                  'dropclass.models.from_hub': ('models.html#from_hub', 'dropclass/models.py'),
                                   'dropclass.models.hrnet_v1_w18': ('models.html#hrnet_v1_w18', 'dropclass/models.py'),
                                   'dropclass.models.hrnet_v2_w18': ('models.html#hrnet_v2_w18', 'dropclass/models.py'),
                                   'dropclass.models.import_timm': ('models.html#import_timm', 'dropclass/models.py'),

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['pick_logits', 'resize_logits', 'OutputAdapter', 'MergeHead', 'pad_to_multiple', 'BranchSegmenter', 'read_weights',
-           'load_backbone', 'fetch', 'import_timm', 'TimmEncoder', 'timm_segmenter', 'hrnet_v1_w18', 'hrnet_v2_w18',
-           'deeplabv3_mobilenetv3', 'unet_bodies', 'unet_segmenter', 'conv_block', 'SmallSegNet', 'model_names',
-           'create_model']
+           'load_backbone', 'fetch', 'import_timm', 'from_hub', 'TimmEncoder', 'timm_segmenter', 'hrnet_v1_w18',
+           'hrnet_v2_w18', 'deeplabv3_mobilenetv3', 'unet_bodies', 'unet_segmenter', 'conv_block', 'SmallSegNet',
+           'model_names', 'create_model']
 
 # %% ../nbs/21_models.ipynb #027eca40
 import socket
+import urllib.error, urllib.request
 import warnings
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -194,6 +195,22 @@ def import_timm():
     except ImportError as err: raise ImportError("This network takes its encoder from timm: run `pip install timm`, or choose 'small' or 'deeplabv3_mobilenetv3'") from err
     return timm
 
+# %% ../nbs/21_models.ipynb #7893f359
+def from_hub(
+    build, # A function without arguments that builds something and may download from the hub for it
+    timeout:float=20., # Longest wait for the hub's first answer, in seconds
+): # Whatever `build` returns
+    "Build from the hub's cache, or else from the hub itself, if it answers."
+    from huggingface_hub import constants
+    before,constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE,True
+    try: return build()
+    except (OSError, RuntimeError):
+        if before: raise # The user wants no connection
+    finally: constants.HF_HUB_OFFLINE = before
+    try: urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method='HEAD'), timeout=timeout).close()
+    except urllib.error.HTTPError: pass # An answer, if an unfriendly one
+    return build()
+
 # %% ../nbs/21_models.ipynb #56a1fce5
 class TimmEncoder(nn.Module):
     "The feature maps of a timm encoder, channels first, the finest first."
@@ -209,7 +226,7 @@ class TimmEncoder(nn.Module):
             raise ValueError(f"timm has no encoder {name!r}{f': did you mean {near}?' if near else ''} `timm.list_models()` lists them all")
         if name.startswith('hrnet'): kwargs = {'feature_location':'', **kwargs}
         build = lambda: timm.create_model(name, pretrained=pretrained, features_only=True, **kwargs)
-        self.body = fetch(build, name) if pretrained else build()
+        self.body = fetch(lambda: from_hub(build), name) if pretrained else build()
         info = self.body.feature_info
         self.levels = [i for i,r in enumerate(info.reduction()) if r>=4][-4:]
         self.channels = [info.channels()[i] for i in self.levels]

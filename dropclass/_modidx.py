@@ -466,7 +466,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'dropclass.data_voc.VocItems._header': ('data_voc.html#vocitems._header', 'dropclass/data_voc.py'),
                                     'dropclass.data_voc.VocItems._open_mask': ( 'data_voc.html#vocitems._open_mask',
                                                                                 'dropclass/data_voc.py'),
-                                    'dropclass.data_voc.VocItems._read': ('data_voc.html#vocitems._read', 'dropclass/data_voc.py'),
                                     'dropclass.data_voc._trainaug_pairs': ('data_voc.html#_trainaug_pairs', 'dropclass/data_voc.py'),
                                     'dropclass.data_voc.open_mask': ('data_voc.html#open_mask', 'dropclass/data_voc.py'),
                                     'dropclass.data_voc.trainaug_names': ('data_voc.html#trainaug_names', 'dropclass/data_voc.py'),

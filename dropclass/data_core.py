@@ -283,12 +283,14 @@ class FittedItems(SegmentationItems):
     def _open_mask(self, path): return open_image(path)
 
     def _read(self, i):
-        image,labels = open_image(self.pairs[i][0]),self._read_mask(i)
+        image = open_image(self.pairs[i][0])
+        labels = self._read_mask(i, image.size)
         return self._place(read_image(image, self._fit(image.height, image.width)), self.fill),labels
 
-    def _read_mask(self, i):
-        path = self.pairs[i][1]
+    def _read_mask(self, i, image_size=None):
+        image,path = self.pairs[i]
         mask = self._open_mask(path)
+        if image_size not in (None, mask.size): raise ValueError(f"{image} and its mask {path} differ in size, {image_size} and {mask.size} (width, height): they must be the same size")
         labels = read_mask(mask, self._fit(mask.height, mask.width), self.label_map)
         return self._place(_check_labels(labels, self.spec, path), self.spec.ignore_index)
 

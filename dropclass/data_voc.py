@@ -130,13 +130,6 @@ class VocItems(FittedItems):
         if not mask.is_file(): raise FileNotFoundError(f"There is no file {mask}")
         return open_image(image, load=False).size[::-1] # The size of a .mat shows only when it is read
 
-    def _read(self, i):
-        image,mask = self.pairs[i]
-        if mask.suffix=='.mat':
-            sizes = open_image(image, load=False).size,self._open_mask(mask).size
-            if sizes[0]!=sizes[1]: raise ValueError(f"{image} and its mask {mask} differ in size, {sizes[0]} and {sizes[1]} (width, height): they must be the same size")
-        return super()._read(i)
-
 def voc_items(
     path:str|Path, # Folder of VOC 2012
     size:tuple=(512,512), # Height and width of the canvas; larger pictures are shrunk

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MASK_MODES', 'CACHE_LIMIT', 'write_toy_folder', 'open_image', 'read_image', 'map_labels', 'read_mask',
-           'labels_from_colors', 'pair_files', 'read_lines', 'split_pairs', 'SegmentationItems', 'ClassStats',
-           'class_stats', 'class_counts', 'presence_counts', 'median_frequency_weights', 'crop_coords', 'crop_images',
-           'crop_masks', 'BatchTransform', 'SegmentationDataset', 'PrepareItem', 'ClassColors', 'make_dls']
+           'labels_from_colors', 'pair_files', 'read_lines', 'split_pairs', 'SegmentationItems', 'FittedItems',
+           'workers_for', 'find_root', 'ClassStats', 'class_stats', 'class_counts', 'presence_counts',
+           'median_frequency_weights', 'crop_coords', 'crop_images', 'crop_masks', 'BatchTransform',
+           'SegmentationDataset', 'PrepareItem', 'ClassColors', 'make_dls']
 
 # %% ../nbs/40_data_core.ipynb #41a5da2b
 import random
@@ -20,7 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from fastcore.basics import GetAttr
+from fastcore.basics import GetAttr, num_cpus
 from fastai.torch_basics import ItemTransform
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IntToFloatTensor, Normalize, get_image_files
@@ -235,7 +236,7 @@ class SegmentationItems:
     ):
         self.pairs,self.spec,self.label_map = [tuple(map(Path, o)) for o in pairs],spec,label_map
         if not self.pairs: raise ValueError("There are no images: give at least one (image, mask) pair")
-        sizes = self._map(lambda o: _check_header(*o), self.pairs)
+        sizes = self._map(lambda o: self._header(*o), self.pairs)
         other = next((i for i,o in enumerate(sizes) if o!=sizes[0]), None)
         if size is None and other is not None:
             raise ValueError(f"{self.pairs[0][0]} is {sizes[0]} and {self.pairs[other][0]} is {sizes[other]} (height, width): give `size` to bring all to one")
@@ -245,6 +246,8 @@ class SegmentationItems:
 
     def _map(self, f, xs):
         with ThreadPoolExecutor(4) as pool: return list(pool.map(f, xs))
+
+    def _header(self, image, mask): return _check_header(image, mask)
 
     def _read(self, i): return read_image(self.pairs[i][0], self.size),self._read_mask(i)
 
@@ -261,6 +264,55 @@ class SegmentationItems:
     def __getitem__(self, i): return self.cached[i] if self.cached else self._read(i)
     def __len__(self): return len(self.pairs)
     def __repr__(self): return f"{len(self)} images of {self.size[0]}x{self.size[1]}, {len(self.spec)} classes, {'in memory' if self.cached else 'on disk'}"
+
+# %% ../nbs/40_data_core.ipynb #f865d2f9
+class FittedItems(SegmentationItems):
+    "A sequence of (image, labels) on one canvas, from files of many sizes."
+    fill = tuple(int(255*o+.5) for o in imagenet_stats[0]) # Colour around the picture
+
+    def _fit(self, h, w):
+        "Height and width of a picture on the canvas."
+        scale = min(1, self.size[0]/h, self.size[1]/w)
+        return max(1, round(scale*h)),max(1, round(scale*w))
+
+    def _place(self, x, fill):
+        out = torch.as_tensor(fill, dtype=x.dtype)[...,None,None].expand(*x.shape[:-2], *self.size).clone()
+        out[..., :x.shape[-2], :x.shape[-1]] = x
+        return out
+
+    def _open_mask(self, path): return open_image(path)
+
+    def _read(self, i):
+        image = open_image(self.pairs[i][0])
+        labels = self._read_mask(i, image.size)
+        return self._place(read_image(image, self._fit(image.height, image.width)), self.fill),labels
+
+    def _read_mask(self, i, image_size=None):
+        image,path = self.pairs[i]
+        mask = self._open_mask(path)
+        if image_size not in (None, mask.size): raise ValueError(f"{image} and its mask {path} differ in size, {image_size} and {mask.size} (width, height): they must be the same size")
+        labels = read_mask(mask, self._fit(mask.height, mask.width), self.label_map)
+        return self._place(_check_labels(labels, self.spec, path), self.spec.ignore_index)
+
+# %% ../nbs/40_data_core.ipynb #b7edc40d
+def workers_for(
+    items:SegmentationItems, # Training images
+) -> int: # Processes: 0 for images in memory, else one a core, at most 8
+    "Choose how many processes read images."
+    return 0 if items.cached else min(8, num_cpus())
+
+# %% ../nbs/40_data_core.ipynb #7537996b
+def find_root(
+    path:str|Path, # Folder that the user named
+    folders:tuple, # Folders that the data set must have
+    layout:str, # The layout, for the error
+    below:tuple=('',), # Where in `path` to look for them
+) -> Path: # The folder that holds them all
+    "Find the folder of a data set; where it is not, name the folder that is missing and print the layout."
+    for o in below:
+        if all((Path(path)/o/folder).is_dir() for folder in folders): return Path(path)/o
+    missing = next(o for o in folders if not (Path(path)/o).is_dir())
+    raise FileNotFoundError(f"There is no folder {Path(path)/missing}. Expected is\n{layout}")
 
 # %% ../nbs/40_data_core.ipynb #458455af
 class ClassStats(NamedTuple):

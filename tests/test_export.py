@@ -1,9 +1,11 @@
 "Away from training: a folded network is plain PyTorch, and what PyTorch writes (pickle, torch.export, ONNX, safetensors) gives the same numbers."
+import csv
 import os
 import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,7 +128,7 @@ class Tensor(nn.Module):
         return out if isinstance(out, torch.Tensor) else out['out'] if 'out' in out else out['logits']
 
 
-exported = [torchvision_fcn, smp_unet, signed_unet, segformer]+[pytest.param(lambda o=o: create_model(o, C), id=o) for o in papers]
+exported = [torchvision_fcn, smp_unet, signed_unet, segformer]+[pytest.param(lambda o=o: create_model(o, C), id=o) for o in [*papers, 'unet:resnet18']]
 
 
 @pytest.mark.parametrize('build', exported, ids=lambda o: getattr(o, '__name__', None))
@@ -152,16 +154,42 @@ def test_export_and_onnx(build, tmp_path):
 
 
 @pytest.mark.parametrize('folded', [False, True], ids=['with head', 'folded'])
-def test_safetensors(folded, tmp_path):
+@pytest.mark.parametrize('build', [smp_unet, *[pytest.param(lambda o=o: create_model(o, C), id=o) for o in papers]], ids=lambda o: getattr(o, '__name__', None))
+def test_safetensors(build, folded, tmp_path):
     "Weights go out and come in, with the head and folded."
-    model,x = trained(smp_unet, 'auto')
+    model,x = trained(build, 'auto')
     get_head(model).mark_trained()
-    other,_ = trained(smp_unet, 'auto')
+    other,_ = trained(build, 'auto')
     get_head(other).mark_trained()
-    expected = logits(model, x)
     if folded: model,other = fold_dropclass(model),fold_dropclass(other)
+    expected = logits(model, x)
     with torch.no_grad():
         for p in other.parameters(): p.add_(1)
+    assert not torch.allclose(logits(other, x), expected, atol=1e-2)
     save_model(model, str(tmp_path/'model.safetensors'))
     load_model(other, str(tmp_path/'model.safetensors'))
     assert torch.allclose(logits(other, x), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('path', paths)
+@pytest.mark.parametrize('arch', papers)
+def test_fold_of_the_papers_networks(arch, path):
+    "Equal to 1e-5, and what was the head is plain PyTorch."
+    model,x = trained(lambda: create_model(arch, C), path)
+    before = logits(model, x)
+    own = {type(m) for m in create_model(arch, C).modules()}
+    fold_dropclass(model)
+    assert (logits(model, x)-before).abs().max()<=1e-5*max(1, before.abs().max())
+    assert {type(m) for m in model.modules() if type(m).__module__.startswith('dropclass')}<=own, "only what the network had before"
+
+
+def test_benchmark_of_inference(tmp_path):
+    "The script runs, checks that folding changes nothing, and writes the columns that the stored table has."
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, '-W', 'ignore', root/'benchmarks/inference.py', '--archs', 'small', '--size', '32x64', '--rounds', '7', '--classes', '5', '--csv', tmp_path/'new.csv'], check=True)
+    read = lambda path: list(csv.DictReader(open(path, newline='', encoding='utf-8')))
+    new,stored = read(tmp_path/'new.csv'),read(root/'results/inference.csv')
+    assert list(new[0])==list(stored[0]) and [o['variant'] for o in new]==['plain','head','folded']
+    assert int(new[2]['parameters'])-int(new[0]['parameters'])==32*32+32, "one convolution with a bias"
+    assert float(new[2]['gmac'])>float(new[0]['gmac']) and float(new[0]['wall_ratio_median'])==1
+    assert {o['arch'] for o in stored}==set(papers)

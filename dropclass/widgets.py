@@ -138,7 +138,8 @@ def plot_drop(
     image:Tensor, # Image (3,H,W)
     target:Tensor, # Labels (H,W)
     spec:ClassSpec, # The classes
-    c:int, # The class whose Grad-CAM is shown
+    c:int, # The class that is dropped, and whose Grad-CAM is shown
+    amount:float=1., # How much of it is dropped, for the titles
 ): # Matplotlib figure
     "Draw an image, its prediction, features and Grad-CAM, with and without a class."
     from matplotlib.figure import Figure
@@ -147,7 +148,7 @@ def plot_drop(
     _show(axs[0,0], displayable(image), 'image')
     _show(axs[1,0], colorize(target, spec), 'labels')
     top = before.features.abs().mean(0).max().clamp(min=1e-9),before.cams[c].max().clamp(min=1e-9)
-    for row,view,when in zip(axs, (before, after), ('all classes', f'less {name}')):
+    for row,view,when in zip(axs, (before, after), ('all classes', f'{amount:.0%} dropped')):
         _show(row[1], colorize(view.labels, spec), f'prediction, {when}')
         _show(row[2], view.features.abs().mean(0), f'features, {when}', vmin=0, vmax=top[0], cmap='magma')
         _show(row[3], view.cams[c], f'Grad-CAM of {name}, {when}', vmin=0, vmax=top[1], cmap='magma')
@@ -213,7 +214,7 @@ def drop_explorer(
     def draw():
         (x,y),c = pairs[image.value],name.value
         before,after = (view_drop(net, layer, x, partial_keep(len(spec), c, o)) for o in (0., amount.value))
-        picture.value,text.value = picture_bytes(plot_drop(before, after, x, y.cpu(), spec, c)),drop_caption(before, after, c, spec.names[c])
+        picture.value,text.value = picture_bytes(plot_drop(before, after, x, y.cpu(), spec, c, amount.value)),drop_caption(before, after, c, spec.names[c])
     return _explorer([image, name, amount], draw, picture, text)
 
 # %% ../nbs/66_widgets.ipynb #24cc7188
@@ -362,7 +363,7 @@ def cell_caption(
     X,Y = counts.spec.names[erased],counts.spec.names[looked]
     before,after = (100*o[erased,looked].item() for o in (counts.iou_before(), counts.iou_after()))
     seen = f"the {len(found)} images with both that lose most" if found else "no image holds both"
-    return f"{X} erased: the IoU of {Y} goes from {before:.1f} to {after:.1f} %, {before-after:+.1f} points lost; {seen}"
+    return f"{X} erased: the IoU of {Y} goes from {before:.1f} to {after:.1f} % ({after-before:+.1f} points); {seen}"
 
 # %% ../nbs/66_widgets.ipynb #e4db416a
 def cell_buttons(
@@ -374,7 +375,7 @@ def cell_buttons(
     order,falls = counts.confusion.sum(1).argsort(stable=True).tolist(),100*counts.fall()
     top,cell = max(1., falls.nan_to_num().abs().max().item()),w.Layout(width='34px', height='26px', padding='0', margin='1px')
     upright = '<div style="writing-mode:vertical-rl;transform:rotate(180deg);line-height:34px;white-space:nowrap">{}</div>'
-    rows = [w.HTML('erased'), *(w.HTML(upright.format(spec.names[c])) for c in order)]
+    rows = [w.HTML('erased ↓ looked at →'), *(w.HTML(upright.format(spec.names[c])) for c in order)]
     for a in order:
         rows.append(w.HTML(f'<div style="white-space:nowrap;line-height:26px">{spec.names[a]}</div>'))
         for b in order:

@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv when it is missing, installs, and runs.
 PYTHON  ?= python3
 VENV    ?= .venv
-EXTRAS  ?= dev,models,distributed,zoo,export
+EXTRAS  ?= dev,models,distributed,zoo,export,notebooks
 WORKERS ?= 2
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed

@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` and `make test`. Each makes .venv when it is missing, installs, and runs.
 PYTHON  ?= python3
 VENV    ?= .venv
-EXTRAS  ?= dev,models,distributed,zoo,export
+EXTRAS  ?= dev,models,distributed,zoo,export,notebooks
 WORKERS ?= 2
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -39,8 +39,8 @@ test-full: $(STAMP) ## the same with the cells and tests marked slow (and cuda, 
 	$(NOTEBOOKS) | $(TEST_ENV) xargs -n 1 -P $(WORKERS) nbdev-test --timing --flags "$$flags"
 	$(TEST_ENV) python -m pytest -q -m ''
 
-check: $(STAMP) ## only whether package, README and notebooks fit each other (seconds)
-	$(TEST_ENV) python -m pytest -q tests/test_package.py
+check: $(STAMP) ## only whether package, README, notebooks and site fit each other (seconds)
+	$(TEST_ENV) python -m pytest -q tests/test_package.py tests/test_site.py
 
 nbs: $(STAMP) ## write dropclass/ from the notebooks and clean them
 	$(RUN_ENV) nbdev-export

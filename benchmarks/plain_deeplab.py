@@ -4,7 +4,7 @@
 
 Nothing of DropClass takes part in the training: it makes a network as anybody might have one, to audit from its weights file alone:
 
-    dropclass-audit --model runs/deeplab.safetensors --arch torchvision:deeplabv3_mobilenet_v3_large --data scenes --size 96x128
+    dropclass-audit --model runs/deeplab.safetensors --arch torchvision:deeplabv3_mobilenet_v3_large --data scenes --size 64x96
 """
 import argparse
 from pathlib import Path
@@ -23,9 +23,10 @@ def main():
     parser.add_argument('--out', type=Path, required=True)
     parser.add_argument('--epochs', type=int, default=20)
     parser.add_argument('--images', type=int, default=240)
+    parser.add_argument('--size', type=int, nargs=2, default=(64,96), metavar=('HEIGHT','WIDTH'))
     args = parser.parse_args()
     torch.manual_seed(0)
-    dls = scenes_dls(n_train=args.images, n_valid=8, size=(96,128), bs=8, scale=(.75,1.5))
+    dls = scenes_dls(n_train=args.images, n_valid=8, size=tuple(args.size), bs=8, scale=(.75,1.5))
     model = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=dls.c, aux_loss=True).train()
     steps = args.epochs*len(dls.train)
     opt = torch.optim.AdamW(model.parameters())

@@ -223,13 +223,15 @@ def erased_example(
 RULES = dict(weak=50., rare=1., fall=5., lost=10., alike=.3, few=10) # IoU in %, pixels in %, points, % of the class, cosine, images
 
 _TRY = dict(
-    absent="Add labelled images of it: without any, neither a strength nor a weakness can be seen.",
-    fall="Look at images of it in other surroundings, and add some to the training set; DropClass trains against such habits. First see whether another fill shows it too.",
-    confused="Check the labels in the pictures below. If they are right, more and larger examples of both help; if the use allows, treat the two as one class.",
-    alike="Both are read off the same features. More examples that differ in one class only help; DropClass aims at this.",
-    rare="Weigh the loss by class frequency (`--weights median`), show its images more often, or collect more of them.",
-    weak="It is not for lack of pixels: look at the pictures below for its size, its borders and its labels; a finer resolution or a larger network may help.",
-    few="Take its figures as a hint; add images before deciding anything by them.")
+    absent="Add labelled images of them: without any, neither a strength nor a weakness can be seen.",
+    fall="First see whether another fill shows it too. Then look at images of these classes in other surroundings, and add some to the training set; DropClass trains against such habits.",
+    confused="Check their labels. If they are right, more and larger examples of both may help; if the use allows, treat the two as one class.",
+    alike="Both are read off the same features. Examples that differ in nothing but the class may help; DropClass aims at this.",
+    rare="Weigh the loss by class frequency (--weights median of dropclass-train), show their images more often, or collect more.",
+    weak="It is not for lack of pixels: look at the pictures for sizes, borders and labels; a finer resolution, a longer training or a larger network may help.",
+    few="Take their figures as a hint; add images before deciding anything by them.")
+
+_TITLES = dict(fall="Classes that lean on context", confused="Classes that are mixed up", alike="Look-alikes that read the same features", rare="Rare and weak", weak="Weak, though not rare", few="Seen in few images", absent="Never seen")
 
 def class_advice(
     network:NetworkAudit, # What was measured
@@ -343,6 +345,7 @@ def audit(
     counts = _pixel_counts(subjects[0].source, len(spec)) if pixel_counts is None else torch.as_tensor(pixel_counts)
     options = dict(fill=fill, max_images=max_images, seed=seed, progress=progress)
     networks = [measure_network(o, sizes, counts, classifier, **options) for o in subjects]
+    if not networks[0].context.occurs.any(): raise ValueError("No pixel has a class, all are void: an audit needs labelled images")
     for o in networks[1:]: _check_same_data(networks[0].context, o.context)
     iou = networks[0].iou
     lowest = [c for c in iou.nan_to_num(nan=9.).argsort(stable=True).tolist() if networks[0].context.occurs[c] and iou[c]<1][:weak]
@@ -481,14 +484,13 @@ def fill_text(
 # %% ../nbs/65_audit.ipynb #92a3c9bb
 def audit_advice(
     audit:Audit, # The measurements
-) -> list: # Dicts of advice, the weightiest first, over all networks
+) -> list: # Dicts of advice: by kind, the largest figure first
     "Collect the advice."
     shares = 100*audit.pixel_counts.double()/audit.pixel_counts.sum().clamp(min=1)
-    order = list(_TRY)[1:]+['absent']
     found = [o for net in audit.networks for o in class_advice(net, shares)+pair_advice(net)]
     if len(audit.networks)==2: # What the images lack is said once
         found = [o for o in found if o['kind'] not in ('absent','few') or o['network']==audit.networks[0].label]
-    return sorted(found, key=lambda o: (order.index(o['kind'])>3, -o['size']))
+    return sorted(found, key=lambda o: (list(_TITLES).index(o['kind']), -o['size']))
 
 def _data_dict(audit):
     "What was looked at."
@@ -571,17 +573,30 @@ def matrix_view(
 # %% ../nbs/65_audit.ipynb #2666edfe
 def _views(figures, audit):
     "Add what the templates show but the JSON need not hold."
-    order,names,many = audit.order,audit.spec.names,len(audit.networks)==2
-    a = {**figures, 'advice':figures['advice'][:12], 'advice_left_out':max(0, len(figures['advice'])-12), 'networks':[dict(o) for o in figures['networks']]}
+    order,names = audit.order,audit.spec.names
+    a = {**figures, 'advice_groups':_advice_groups(figures['advice'], [o.label for o in audit.networks]), 'networks':[dict(o) for o in figures['networks']]}
     for net in a['networks']:
         net['context_view'] = matrix_view(net['context'], names, order)
-        if not net['entanglement']: continue
-        net['entangled_view'] = matrix_view([[100*v for v in row] for row in net['entanglement'][MEASURES[0]]['matrix']], names, order)
-        sums = [net['entanglement'][m]['row_sums'] for m in MEASURES]
-        net['row_sums'] = [(names[c], [o[c] for o in sums]) for c in order]+[('mean', [sum(o)/len(o) for o in sums])]
+        if net['entanglement']: net['entangled_view'] = matrix_view([[100*v for v in row] for row in net['entanglement'][MEASURES[0]]['matrix']], names, order)
     sections = [('advice','What to do'), ('classes','Classes'), ('context','Context'), ('entangled','Features'), ('confusions','Confusions'), ('examples','Pictures'), ('limits','Limits')]
     values = [abs(v) for n in a['networks'] for row in n['context'] for v in row if v is not None]
-    return dict(a=a, sections=sections, colors={n:'#%02x%02x%02x' % tuple(c) for n,c in zip(names, audit.spec.colors)}, context_limit=max([10., *values]), shots=4 if many else 3)
+    return dict(a=a, sections=sections, colors={n:'#%02x%02x%02x' % tuple(c) for n,c in zip(names, audit.spec.colors)}, context_limit=max([10., *values]), shots=2+len(audit.networks), **_sum_rows(a['networks'], names, order))
+
+def _advice_groups(advice, labels, most=6):
+    "Findings of one kind together, with the suggestion once."
+    groups = {}
+    for o in advice: groups.setdefault(o['kind'], []).append({**o, 'at':labels.index(o['network'])})
+    return [{'kind':k, 'title':_TITLES[k], 'try':_TRY[k], 'found':o[:most], 'left_out':max(0, len(o)-most)} for k,o in sorted(groups.items(), key=lambda o: list(_TITLES).index(o[0]))]
+
+def _sum_rows(networks, names, order):
+    "Table 5: for each measure the networks that have weight vectors, and the difference of two."
+    have = [o for o in networks if o['entanglement']]
+    def cells(values): return [*values, values[0]-values[1]] if len(values)==2 else values
+    sums = {m:[o['entanglement'][m]['row_sums'] for o in have] for m in MEASURES}
+    rows = [(names[c], [v for m in MEASURES for v in cells([o[c] for o in sums[m]])]) for c in order]
+    rows.append(('mean', [v for m in MEASURES for v in cells([sum(o)/len(o) for o in sums[m]])]))
+    head = [o['label'] for o in have]+['difference']*(len(have)==2)
+    return dict(sum_head=head, sum_heads=['class',*(f'{m}, {o}' if len(head)>1 else m for m in MEASURES for o in head)], sum_rows=rows if have else [])
 
 def _markdown_rows(a):
     "Heads and rows of the Markdown tables."
@@ -603,7 +618,7 @@ def render(
 ) -> str: # The text
     "Fill a template."
     from jinja2 import Environment
-    env = Environment(autoescape=name.endswith('.html.j2'), trim_blocks=True, lstrip_blocks=True)
+    env = Environment(autoescape=name.endswith('.html.j2'), trim_blocks=name.endswith('.md.j2'))
     env.filters.update(shade=shade, number=_number, cells=lambda rows,digits: [[n, *(_number(v, digits) for v in values)] for n,values in rows])
     values = _views(audit.to_dict(), audit)
     if name.endswith('.md.j2'): values |= _markdown_rows(values['a'])

@@ -9,6 +9,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from statistics import median
 
 import pandas as pd
 import torch
@@ -41,14 +42,17 @@ def measure_cost(run):
     subject = open_model(run)
     data = list(iter_batches(open_data(subject))) # In memory, so that reading files is no part of it
     colocation(subject, data, max_images=16) # Warm up
-    start = time.perf_counter()
-    fast = colocation(subject, data)
-    middle = time.perf_counter()
-    total,erased,passes = naive_colocation(subject.model, data, subject.spec)
-    end = time.perf_counter()
+    seconds = [[], []]
+    for _ in range(3): # Seconds of computing, in turns: what else the machine does is no part of it
+        start = time.process_time()
+        fast = colocation(subject, data)
+        middle = time.process_time()
+        total,erased,passes = naive_colocation(subject.model, data, subject.spec)
+        seconds[0].append(middle-start); seconds[1].append(time.process_time()-middle)
+    fast_seconds,naive_seconds = map(median, seconds)
     bound = (1+float((fast.presence/fast.images).sum()))/(len(subject.spec)+1)
     return dict(images=fast.images, classes=len(subject.spec), presences=fast.presence.tolist(), passes=fast.passes, naive_passes=passes, pass_ratio=fast.passes/passes, bound=bound,
-                seconds=round(middle-start, 2), naive_seconds=round(end-middle, 2), time_ratio=(middle-start)/(end-middle),
+                cpu_seconds=round(fast_seconds, 2), naive_cpu_seconds=round(naive_seconds, 2), cpu_ratio=fast_seconds/naive_seconds, repeats=len(seconds[0]), threads=torch.get_num_threads(),
                 equal=bool(torch.equal(fast.confusion, total) and torch.equal(fast.erased, erased)))
 
 
@@ -90,7 +94,7 @@ def main():
 
     tangled = [entanglement(o) for o in (a, b)] # Table 5, Figure 3
     entanglement_table(*tangled).to_csv(args.out/'table5.csv')
-    write_json(args.out/'entanglement.json', {l:dict(order=o.order, **{m:[[round(v, 4) for v in row] for row in o.matrix(m).tolist()] for m in MEASURES}) for l,o in zip(labels, tangled)})
+    for l,o in zip(labels, tangled): write_json(args.out/f'classifier_{l}.json', dict(pixel_counts=torch.as_tensor(o.pixel_counts).tolist(), weight=[[round(v, 5) for v in row] for row in o.weight.tolist()]))
 
     confusions = {l:co.confusion for l,co in zip(labels, contexts)}
     pd.concat({l:worst_confusions(o, spec, 8) for l,o in confusions.items()}, names=['network']).to_csv(args.out/'confusions.csv')
@@ -108,7 +112,7 @@ def main():
             values.to_csv(args.out/f'proxy_{l}.csv')
             ranks[l] = rank_agreement(values).T.to_dict()
         write_json(args.out/'ranks.json', ranks)
-        pair = diff.pairs(1).index[0].split(' / ')
+        pair = next(o for o in zip(worst.truth, worst.predicted) if diff.images(o)) # The worst confusion by share: pixels alone would choose the largest classes
         plot_differences(a, b, pair=pair, n=3, found=diff).savefig(args.out/'figure2.png', dpi=75)
         plot_grad_cam(a, b, truth=pair[0], alikes=[pair[1]], n=2).savefig(args.out/'figure4.png', dpi=75)
     print(json.dumps(json.loads((args.out/'cost.json').read_text())), flush=True)

@@ -17,6 +17,14 @@ from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 from dropclass.data_scenes import scenes_dls
 
 
+def settle_norms(model, batches):
+    "Average the norms' statistics over the training images: MobileNet's momentum of 0.01 is made for far longer trainings."
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for m in norms: m.reset_running_stats(); m.momentum = None
+    with torch.no_grad():
+        for x,_ in batches: model.train()(x.as_subclass(torch.Tensor))
+
+
 def main():
     "Train and save."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -41,6 +49,7 @@ def main():
             opt.step(); opt.zero_grad(); sched.step()
             total += loss.item()
         print(f"epoch {epoch+1}/{args.epochs}  loss {total/len(dls.train):.3f}", flush=True)
+    settle_norms(model, dls.train)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file({k:v.contiguous() for k,v in model.state_dict().items()}, args.out)
 

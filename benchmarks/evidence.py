@@ -65,6 +65,14 @@ def compare_fills(run, fills, max_images):
     return table.rename_axis('fill')
 
 
+def save_small(fig, path):
+    "Save a figure with a palette of 128 colours."
+    from PIL import Image
+    fig.savefig(path, dpi=75)
+    with Image.open(path) as picture: small = picture.convert('RGB').quantize(128)
+    small.save(path, optimize=True)
+
+
 def main():
     "Write everything for two runs."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,8 +121,8 @@ def main():
             ranks[l] = rank_agreement(values).T.to_dict()
         write_json(args.out/'ranks.json', ranks)
         pair = next(o for o in zip(worst.truth, worst.predicted) if diff.images(o)) # The worst confusion by share: pixels alone would choose the largest classes
-        plot_differences(a, b, pair=pair, n=3, found=diff).savefig(args.out/'figure2.png', dpi=75)
-        plot_grad_cam(a, b, truth=pair[0], alikes=[pair[1]], n=2).savefig(args.out/'figure4.png', dpi=75)
+        save_small(plot_differences(a, b, pair=pair, n=3, found=diff), args.out/'figure2.png')
+        save_small(plot_grad_cam(a, b, truth=pair[0], alikes=[pair[1]], n=2), args.out/'figure4.png')
     print(json.dumps(json.loads((args.out/'cost.json').read_text())), flush=True)
 
 

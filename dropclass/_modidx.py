@@ -145,6 +145,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'dropclass/analysis_figures.py'),
                                             'dropclass.analysis_figures._open_both': ( 'analysis_figures.html#_open_both',
                                                                                        'dropclass/analysis_figures.py'),
+                                            'dropclass.analysis_figures._open_one_or_two': ( 'analysis_figures.html#_open_one_or_two',
+                                                                                             'dropclass/analysis_figures.py'),
                                             'dropclass.analysis_figures._pair_mask': ( 'analysis_figures.html#_pair_mask',
                                                                                        'dropclass/analysis_figures.py'),
                                             'dropclass.analysis_figures._run_from': ( 'analysis_figures.html#_run_from',

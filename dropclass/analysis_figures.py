@@ -308,10 +308,7 @@ def plot_grad_cam(
 ): # Matplotlib figure
     "Show where networks look for a class and its look-alikes, as the paper's Figure 4."
     from matplotlib.figure import Figure
-    if other is None:
-        a = open_model(base, spec)
-        nets,data = [a],open_data(a, data, test)
-    else: *nets,data = _open_both(base, other, data, spec, test)
+    nets,data = _open_one_or_two(base, other, data, spec, test)
     spec,c = nets[0].spec,class_index(nets[0].spec, truth)
     images = _images_of(data, c, n)
     if not images: raise ValueError(f"No image contains {spec.names[c]}: choose a class that occurs")
@@ -327,6 +324,12 @@ def plot_grad_cam(
             _draw_cam(ax, picture, cam, y, c)
             ax.set_title(f'{net.label}: {spec.names[k]}\n{100*_inside(cam, y, c):.0f} % inside', fontsize=8)
     return fig
+
+def _open_one_or_two(base, other, data, spec, test):
+    "One or two subjects in a list, and their images."
+    if other is None: return [open_model(base, spec)],open_data(open_model(base, spec), data, test)
+    *nets,data = _open_both(base, other, data, spec, test)
+    return nets,data
 
 def _find_alikes(subject, data, c):
     "The class that a network most often confuses with class c, in a list."

@@ -111,12 +111,13 @@ def _run_model(run, path):
     return model
 
 def open_model(
-    model, # Run folder, `Run`, Learner, or network
+    model, # Run folder, `Run`, Learner, network, or `Subject`
     spec=None, # Classes: `ClassSpec`, names or number; a Learner and a run know theirs
     path:str|None=None, # Of a run with two paths: 'plain', 'drop' or 'mean'; None is the one that predicts
     label:str|None=None, # Name in tables; None is the run's folder, 'learner' or 'network'
 ) -> Subject: # Network, classes, name and source
     "Find network and classes."
+    if isinstance(model, Subject): return model._replace(label=label or model.label)
     if isinstance(model, (str,Path)):
         from dropclass.experiment import load_run
         model = load_run(model)

@@ -30,7 +30,12 @@ def classifier_weight(
         if model.ndim<2: raise ValueError(f"Weights must have one row per class, (C,K) or (C,K,h,w), got shape {tuple(model.shape)}")
         return (model if model.ndim==2 else conv_importance(model)).detach()
     head = get_head(model)
-    layer = head.classifier if head else model.get_submodule(find_classifier(model, num_classes) if classifier is None else classifier)
+    if head: return torch.cat([_layer_weight(o) for o in (*(o.conv for o in head.beside), head.classifier)], 1)
+    names = find_classifier(model, num_classes) if classifier is None else classifier
+    return torch.cat([_layer_weight(model.get_submodule(o)) for o in ([names] if isinstance(names, str) else names)], 1)
+
+def _layer_weight(layer):
+    "The vectors (C,K) of one layer."
     if isinstance(layer, nn.Linear): return layer.weight.detach()
     if isinstance(layer, (nn.Conv1d,nn.Conv2d,nn.Conv3d)): return conv_importance(layer).detach()
     raise ValueError(f"The classifier is a {type(layer).__name__}, which has no weight vector per class: entanglement needs a linear classifier, a convolution or `nn.Linear`; name one as `classifier`")

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['in_command', 'one_line_errors', 'read_size', 'read_options', 'make_config', 'folder_config', 'default_folder',
-           'train_command', 'train', 'compare', 'predict', 'demo_configs', 'train_side_by_side', 'demo_verdict', 'demo']
+           'train_command', 'train', 'compare', 'predict', 'audit', 'demo_configs', 'train_side_by_side',
+           'demo_verdict', 'demo']
 
 # %% ../nbs/72_cli.ipynb #cfa621bb
 import ast
@@ -26,7 +27,7 @@ from fastcore.script import call_parse, is_cli
 def in_command(
 ) -> bool: # Was one of the functions below started from the command line?
     "Tell a command of ours from a call in Python, also where another command runs us."
-    return any(is_cli(globals().get(o)) for o in ('train','compare','predict','demo') if o in globals())
+    return any(is_cli(globals().get(o)) for o in ('train','compare','predict','demo','audit') if o in globals())
 
 # %% ../nbs/72_cli.ipynb #7a67c58a
 @contextmanager
@@ -230,6 +231,33 @@ def predict(
         from dropclass.compare import predict_images
         files = predict_images(run, images, out, path_of, size=read_size(size), alpha=alpha, overwrite=overwrite)
         print(f"{len(files)} images labelled: {out/'masks'}, {out/'overlays'}, {out/'legend.png'}")
+        return files
+
+# %% ../nbs/72_cli.ipynb #84c87131
+@call_parse
+def audit(
+    *runs:Annotated[Path, {'nargs':'*'}], # One or two run folders; two are set side by side
+    model:str=None, # Weights of a network instead, .safetensors or .pth; two with a comma between
+    arch:str=None, # Its architecture: small, torchvision:NAME, timm:NAME, smp:ARCH:ENCODER ...; two with a comma between
+    data:Path=None, # Folder with images, masks and classes.txt, or a copy of CamVid; `scenes` generates streets (the run's own)
+    classes:Path=None, # File with the class names, one a line (classes.txt of the folder)
+    size:str=None, # Height x width to bring the folder's images to, such as 192x256
+    test:str='valid', # Test set of a run: valid, or unbiased for scenes
+    path_of:str=None, # Path of a run: plain, drop or mean (the one that predicts)
+    fill:str='mean', # What erased pixels become: mean, noise, blur or inpaint
+    max_images:int=None, # Look at so many images; the report says so (all)
+    out:Path=None, # Folder for report.html, .md and .json, or one file ending so (audit-NAME)
+    quiet:bool=False, # No progress bar
+    debug:bool=False, # Show the traceback of an error
+):
+    "Report what a trained network leans on, mixes up and misses."
+    with one_line_errors(debug, lambda: "Nothing was written."):
+        from dropclass.audit import audit_files, audit_summary
+        split = lambda text: [o for o in (text or '').split(',') if o]
+        found = audit_files(runs, split(model), split(arch), data, classes, read_size(size), path_of, test=test, fill=fill, max_images=max_images, progress=not quiet and sys.stdout.isatty())
+        files = found.report(out or Path('audit-'+'-'.join(o.label for o in found.networks)))
+        if found.cut_short: print(f"Cut short: looked at {found.images} of {found.total} images.")
+        print('\n'.join([*audit_summary(found), f"\nWritten: {files[0]}"+(f", and the same as {files[1].name} and JSON beside it" if len(files)>3 else '')]))
         return files
 
 # %% ../nbs/72_cli.ipynb #b89aa1f8

@@ -220,12 +220,92 @@ def test_inpainting_by_a_library(monkeypatch):
     with pytest.raises(ImportError, match='opencv-python-headless'): erase(image, erased, make_fill('inpaint'))
 
 def test_inpainting_for_real():
-    pytest.importorskip('cv2', reason='OpenCV is not installed')
     image,erased = torch.rand(3, 16, 16)*.1+torch.tensor([-1.,0.,1.])[:,None,None],torch.zeros(16, 16, dtype=torch.bool)
     erased[6:9,6:9] = True
     hole = torch.where(erased, 5., image)
     new = erase(hole, erased, make_fill('inpaint'))
     assert (new-image)[:,erased].abs().max()<.2
+
+# ---- Figures 2 and 4
+
+@pytest.mark.parametrize('layer', [None,'backbone.1'])
+@pytest.mark.parametrize('mask', ['predicted','truth','all',(3, 5)], ids=str)
+@pytest.mark.parametrize('kernel_size', [1, 3])
+def test_grad_cam_against_captum(kernel_size, mask, layer):
+    "The same maps, at the input of the classifier and of an earlier layer."
+    from captum.attr import LayerGradCam
+    from dropclass.analysis_figures import cam_layer, cam_masks, grad_cam
+    net,(x,y) = ToyNet(4, kernel_size=kernel_size).eval(),toy_batch()
+    ours = grad_cam(net, x, range(4), mask, y, layer)
+    masks = cam_masks(mask, net(x).detach(), range(4), y)
+    score = lambda o: (net(o)*masks).sum((2, 3))/masks.sum((2, 3))
+    for c in range(4):
+        theirs = LayerGradCam(score, cam_layer(net, layer)).attribute(x, target=c, attribute_to_layer_input=True, relu_attributions=True)
+        assert torch.allclose(ours[:,c], theirs[:,0], atol=1e-8, rtol=1e-4), c
+    assert ours.amax()>0
+
+@pytest.mark.parametrize('path', ['plain','drop','mean'])
+def test_grad_cam_of_both_paths_against_captum(path):
+    from captum.attr import LayerGradCam
+    from dropclass.analysis_figures import grad_cam
+    net,(x,_) = ToyNet(4),toy_batch()
+    head = add_dropclass(net)
+    head.predict = path
+    net.train()(x) # Running statistics of the block
+    net.eval()
+    theirs = LayerGradCam(lambda o: net(o).mean((2, 3)), head).attribute(x, target=2, attribute_to_layer_input=True, relu_attributions=True)
+    assert torch.allclose(grad_cam(net, x, [2], 'all')[:,0], theirs[:,0], atol=1e-9, rtol=1e-4)
+
+def test_grad_cam_of_a_linear_classifier():
+    "Channels come last, as in transformers."
+    from dropclass.analysis_figures import grad_cam
+    class Last(nn.Module):
+        def __init__(self): super().__init__(); self.net,self.classifier = nn.Conv2d(3, 8, 3, padding=1),nn.Linear(8, 4)
+        def forward(self, x): return self.classifier(self.net(x).relu().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    net,(x,_) = Last(),toy_batch()
+    conv = nn.Conv2d(8, 4, 1)
+    conv.weight.data,conv.bias.data = net.classifier.weight.data[...,None,None],net.classifier.bias.data
+    other = nn.Sequential(net.net, nn.ReLU(), conv)
+    assert torch.allclose(grad_cam(net, x, range(4), layer='classifier'), grad_cam(other, x, range(4)), atol=1e-7)
+
+def test_grad_cam_leaves_nothing_behind():
+    from dropclass.analysis_figures import grad_cam
+    net,(x,_) = ToyNet(4).train(),toy_batch()
+    state = {k:v.clone() for k,v in net.state_dict().items()}
+    grad_cam(net, x, [0])
+    assert net.training and all(torch.equal(v, state[k]) for k,v in net.state_dict().items())
+    assert all(o.grad is None for o in net.parameters()) and not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+
+def test_differences_from_first_principles():
+    from dropclass.analysis_figures import differences
+    batches,nets = [toy_batch(3, seed=i) for i in range(3)],[wide_net(4, seed) for seed in (0, 1)]
+    found = differences(*nets, batches, 4)
+    assert found.counts.shape==(9,2,4,4) and found.labels==('base','other')
+    x,y = (torch.cat(o) for o in zip(*batches))
+    a,b = (net(x).argmax(1) for net in nets)
+    for i in range(4):
+        for j in range(4):
+            expected = ((y==i)&(a==i)&(b==j)&(a!=b)).sum((1, 2))
+            assert torch.equal(found.counts[:,0,i,j], expected)
+    worst = found.images((0, 1), 9)
+    pixels = [int(((((y[n]==0)&(a[n]+b[n]==1)&(a[n]!=b[n]))|((y[n]==1)&(a[n]+b[n]==1)&(a[n]!=b[n])))).sum()) for n in worst]
+    assert pixels==sorted(pixels, reverse=True) and all(pixels)
+
+def test_boxes_cover_the_differences():
+    from dropclass.analysis_figures import difference_boxes
+    mask = torch.rand(40, 60, generator=torch.Generator().manual_seed(0))>.99
+    covered = torch.zeros_like(mask)
+    for top,left,bottom,right in difference_boxes(mask, k=99, least=1): covered[top:bottom,left:right] = True
+    assert mask.any() and covered[mask].all()
+
+def test_pictures_of_a_learner():
+    "A DataLoader that normalises is undone."
+    from dropclass.analysis_figures import to_picture
+    from dropclass.data_scenes import scenes_dls
+    dls = scenes_dls(n_train=4, n_valid=2, bs=2, size=(32,48))
+    x,_ = dls.valid.one_batch()
+    shown = to_picture(x, dls.valid)
+    assert torch.allclose(shown[0].permute(2, 0, 1)*255, dls.valid.dataset[0][0].float(), atol=1e-2)
 
 # ---- entanglement
 
@@ -259,6 +339,16 @@ def test_no_linear_classifier():
         def forward(self, x): return -(self.net(x)[:,None]-self.centres[None,:,:,None,None]).pow(2).sum(2)
     with pytest.raises(ValueError, match='No convolution with 4 outputs'): entanglement(Ranks())
     assert colocation(Ranks(), [toy_batch()], 4).images==4 # Everything else is still there
+
+def test_classifiers_that_are_added_up():
+    class Sum(nn.Module):
+        def __init__(self): super().__init__(); self.a,self.b = nn.Conv2d(3, 4, 1),nn.Conv2d(3, 4, 1)
+        def forward(self, x): return self.a(x)+self.b(x.flip(-1))
+    net = Sum()
+    weight = torch.cat([net.a.weight, net.b.weight], 1)[...,0,0]
+    assert torch.equal(entanglement(net).weight, weight)
+    add_dropclass(net)
+    assert torch.equal(entanglement(net).weight, weight)
 
 # ---- look-alikes and bias
 

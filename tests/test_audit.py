@@ -1,0 +1,381 @@
+"The audit: reports of networks, Learners, runs and weights files; bad input; the page in a browser."
+import html.parser
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from dropclass.analysis_context import HARBOUR, harbour
+from dropclass.audit import (RULES, audit, audit_advice, audit_files, build_network, class_advice, fit_names, load_network, open_images, pair_advice, picture_files)
+from dropclass.core import VOID, ClassSpec
+from dropclass.head import add_dropclass
+from dropclass.metrics import class_iou, evaluate, mean_iou
+from dropclass.models import SmallSegNet
+from dropclass.testing import ToyNet, toy_batch, toy_learner
+
+chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+
+
+def net(C=6, seed=0):
+    "A network with random weights and running statistics of its own."
+    torch.manual_seed(seed)
+    model = SmallSegNet(C, width=4)
+    for _ in range(3): model(torch.randn(4, 3, 32, 48))
+    return model.eval()
+
+@pytest.fixture(scope='module')
+def batches(): return [harbour(4, seed=i) for i in range(3)]
+
+@pytest.fixture(scope='module')
+def one(batches): return audit(net(), batches, HARBOUR, progress=False)
+
+@pytest.fixture(scope='module')
+def two(batches): return audit(net(), batches, HARBOUR, other=net(seed=1), labels=('first','second'), progress=False)
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "Two tiny runs on scenes."
+    from dropclass.experiment import Config, train_run
+    folder,common = tmp_path_factory.mktemp('runs'),dict(data='scenes', arch='small', epochs=1, bs=4, size=(32,48), data_options=dict(n_train=8, n_valid=6))
+    for method in ('plain','dropclass'): train_run(Config(method=method, **common), folder/method, progress=False, write=lambda o: None)
+    return folder
+
+
+class Tags(html.parser.HTMLParser):
+    "Checks that tags are balanced, and collects text, pictures and links."
+    void = {'meta','img','br','link','input'}
+    def __init__(self, page):
+        super().__init__()
+        self.open,self.text,self.images,self.ids,self.anchors = [],[],[],set(),[]
+        self.feed(page)
+        assert not self.open, self.open
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag=='img': self.images.append(attrs)
+        if 'id' in attrs: self.ids.add(attrs['id'])
+        if tag=='a': self.anchors.append(attrs['href'])
+        if tag not in self.void: self.open.append(tag)
+    def handle_endtag(self, tag): assert self.open.pop()==tag, tag
+    def handle_data(self, data): self.text.append(data)
+
+def read(audit, folder):
+    "Write all three reports and read them."
+    audit.report(folder)
+    return ((folder/f'report.{o}').read_text(encoding='utf-8') for o in ('html','md','json'))
+
+# ---- the report
+
+@pytest.mark.parametrize('which', ['one','two'])
+def test_report_is_whole(which, request, tmp_path):
+    page,text,data = read(request.getfixturevalue(which), tmp_path)
+    tags,figures = Tags(page),json.loads(data)
+    assert not re.search(r'(https?:)?//(?!/)', re.sub(r'data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+', '', page)) # Nothing is fetched
+    assert tags.images and all(o['src'].startswith('data:image/') and o['alt'] for o in tags.images)
+    assert {o[1:] for o in tags.anchors}<=tags.ids and len(tags.anchors)==7
+    assert 'nan' not in re.sub(r'data:image[^"]+', '', page).lower().replace('finance', '') and 'nan' not in text.lower()
+    shown = ' '.join(tags.text)
+    for o in figures['classes']:
+        if not o['occurs']: continue
+        for v in o['iou']: assert f'{v:.1f}' in shown and f'{v:.1f}' in text
+    for o in figures['advice'][:3]: assert o['found'] in shown and o['found'] in text
+    for kind in {o['kind'] for o in figures['advice']}: assert next(o['try'] for o in figures['advice'] if o['kind']==kind) in shown
+    widths = [row.count('|') for row in text.splitlines() if row.startswith('|')]
+    assert len(widths)>20
+    for file in re.findall(r'!\[\]\((.*?)\)', text): assert (tmp_path/file).is_file()
+    assert len(re.findall(r'!\[\]\((.*?)\)', text))==len(tags.images)
+
+def test_markdown_tables_are_rectangular(two, tmp_path):
+    text = two.report(tmp_path/'a.md')[0].read_text()
+    for table in re.findall(r'(?:^\|.*\n)+', text, flags=re.M):
+        rows = table.splitlines()
+        assert len({o.count('|') for o in rows})==1, table
+        assert re.fullmatch(r'\|(---\|)+', rows[1]) and len(rows)>2
+
+def test_figures_are_those_of_the_library(two, batches):
+    figures = two.to_dict()
+    for o,seed in zip(figures['networks'], (0, 1)):
+        confusion = evaluate(net(seed=seed), batches, 6)
+        assert o['confusion']==confusion.tolist()
+        assert o['miou']==pytest.approx(100*mean_iou(confusion))
+    for o in figures['classes']:
+        c = HARBOUR.names.index(o['name'])
+        assert o['images']==sum(int((y==c).flatten(1).any(1).sum()) for _,y in batches)
+        for i,seed in enumerate((0, 1)):
+            if o['occurs']: assert o['iou'][i]==pytest.approx(100*float(class_iou(evaluate(net(seed=seed), batches, 6))[c]))
+    means = {o['name']:o for o in figures['means']}
+    assert means['mIoU']['iou']==[pytest.approx(o['miou']) for o in figures['networks']]
+    assert means['rare mIoU']['iou']==[pytest.approx(o['rare_miou']) for o in figures['networks']]
+    assert figures['robustness']['rows'][-1]['name']=='mIoU*'
+
+def test_same_audit_same_page(batches, tmp_path):
+    pages = [audit(net(), batches, HARBOUR, progress=False).report(tmp_path/f'{i}.html')[0].read_bytes() for i in range(2)]
+    assert pages[0]==pages[1]
+
+def test_names_are_escaped(batches, tmp_path):
+    spec = ClassSpec(('<b>land','a|b','"water"','car & co','boat','crane'))
+    page,text,_ = read(audit(net(), batches, spec, progress=False), tmp_path)
+    Tags(page)
+    assert '<b>land' not in page and '&lt;b&gt;land' in page and 'a\\|b' in text
+
+def test_two_classes_of_the_same_file_name(batches, tmp_path):
+    spec = ClassSpec(('a b','a-b','a_b','c','d','e'))
+    found = audit(net(), batches, spec, progress=False, weak=6)
+    assert len(picture_files(found))==sum(len(o.shots) for o in found.examples+found.erased)
+
+def test_many_classes_stay_readable(tmp_path):
+    x,y = torch.randn(2, 3, 16, 16),torch.randint(0, 60, (2, 16, 16), generator=torch.Generator().manual_seed(0))
+    page,_,data = read(audit(ToyNet(60), [(x, y)], 60, progress=False), tmp_path)
+    assert '20 classes with smaller values are left out' in page
+    assert len(json.loads(data)['networks'][0]['context'])==60
+
+def test_weak_examples_are_the_worst(one, batches):
+    x,y = (torch.cat(o) for o in zip(*batches))
+    pred = net()(x).argmax(1)
+    for e in one.examples:
+        missed = ((y==e.label)&(pred!=e.label)).sum((1, 2))
+        assert int(missed[e.image]) in missed.sort(descending=True).values[:2].tolist()
+        assert e.text.startswith(f'{int(missed[e.image])} of {int((y[e.image]==e.label).sum())} ')
+
+# ---- advice
+
+def test_advice_follows_its_rules(one):
+    "Every piece of advice is over its threshold, and what is over it is said."
+    network,co = one.networks[0],one.context
+    shares = 100*one.pixel_counts.double()/one.pixel_counts.sum()
+    found = class_advice(network, shares)+pair_advice(network)
+    fall = 100*co.fall()
+    said = {(o['class'], round(o['size'], 3)) for o in found if o['kind']=='fall'}
+    expected = {(HARBOUR.names[y], round(float(fall[x,y]), 3)) for x in range(6) for y in range(6) if fall[x,y]>=RULES['fall']}
+    assert said==expected
+    weak = {o['class'] for o in found if o['kind'] in ('weak','rare')}
+    assert weak=={HARBOUR.names[c] for c in range(6) if co.occurs[c] and 100*network.iou[c]<RULES['weak']}
+    assert [o['class'] for o in found if o['kind']=='absent']==['crane']
+    assert len(audit_advice(one))==len(found)
+
+def test_no_advice_for_a_perfect_network(tmp_path):
+    class Perfect(nn.Module):
+        def forward(self, x): return torch.stack([(x[:,0]==c).float() for c in range(3)], 1)
+    y = torch.randint(0, 3, (12, 8, 8), generator=torch.Generator().manual_seed(0))
+    found = audit(Perfect(), [(y[:,None].float().repeat(1, 3, 1, 1), y)], 3, fill=7., progress=False)
+    assert not [o for o in audit_advice(found) if o['kind'] not in ('few',)]
+    page,text,_ = read(found, tmp_path)
+    assert 'Nothing stands out' in page and 'Nothing stands out' in text and 'None: every pixel is right' in page
+    assert not found.examples and not found.erased
+
+# ---- what can be audited
+
+def test_learner():
+    found = audit(toy_learner(), progress=False)
+    assert found.images==4 and found.networks[0].label=='learner' and found.networks[0].entangled is not None
+
+def test_learner_with_both_paths():
+    learn = toy_learner()
+    add_dropclass(learn.model).predict = 'drop'
+    assert 'DropClass head, answers by the drop path' in audit(learn, progress=False).networks[0].about
+
+def test_run_folders(runs, tmp_path):
+    found = audit(runs/'plain', other=runs/'dropclass', progress=False)
+    assert [o.label for o in found.networks]==['plain','dropclass'] and found.counts_are=='the training set'
+    assert 'run dropclass (dropclass, 1 epochs on scenes)' in found.report(tmp_path/'r.md')[0].read_text()
+    unbiased = audit(runs/'plain', test='unbiased', progress=False)
+    from dropclass.experiment import load_run
+    assert torch.equal(unbiased.context.confusion, load_run(runs/'plain').confusion('unbiased'))
+
+def test_torch_dataloader_and_dict_output():
+    class Dict(nn.Module):
+        def __init__(self): super().__init__(); self.net = ToyNet(4).eval()
+        def forward(self, x): return {'out':self.net(x)[...,::2,::2], 'aux':torch.zeros(())}
+    x,y = toy_batch(6)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
+    found = audit(Dict(), loader, ['a','b','c','d'], progress=False)
+    assert found.images==found.total==6 and found.networks[0].entangled is not None
+
+def test_model_and_random_state_are_left_alone(batches):
+    model = net().train()
+    state,random = {k:v.clone() for k,v in model.state_dict().items()},torch.get_rng_state()
+    audit(model, batches, HARBOUR, progress=False)
+    assert model.training and all(torch.equal(v, state[k]) for k,v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random) and all(o.grad is None for o in model.parameters())
+
+@pytest.mark.parametrize('fill', ['noise','blur','inpaint', .5])
+def test_other_fills(fill, batches, tmp_path):
+    found = audit(net(), batches[:1], HARBOUR, fill=fill, progress=False)
+    assert len(found.report(tmp_path/'x.html'))==1
+
+def test_progress(batches):
+    seen = []
+    audit(net(), batches, HARBOUR, progress=lambda o: (seen.append(1) or x for x in o))
+    assert len(seen)==2*len(batches)
+
+# ---- bad input
+
+def test_class_counts_differ(batches):
+    with pytest.raises(ValueError, match='scores 4 classes and the data have 6'): audit(ToyNet(4), batches, HARBOUR, progress=False)
+    with pytest.raises(ValueError, match='target holds label'): audit(ToyNet(3), batches, 3, progress=False)
+    with pytest.raises(ValueError, match='different classes'): audit(toy_learner(), other=toy_learner(num_classes=3), progress=False)
+    with pytest.raises(ValueError, match='pass `spec`'): audit(ToyNet(4), batches)
+
+def test_absent_class(one, tmp_path):
+    page,text,data = read(one, tmp_path)
+    row = next(o for o in json.loads(data)['classes'] if o['name']=='crane')
+    assert not row['occurs'] and row['images']==0 and row['fall']==[None]
+    assert 'never occurs in these images' in page and '| crane' in text and 'never occurs' in text
+    for o in json.loads(data)['means']: assert None not in o['iou']
+
+def test_absent_rare_half(tmp_path):
+    "No class of the rarer half occurs: its mean is empty, not nan."
+    class Const(nn.Module):
+        def forward(self, x): return torch.stack([torch.ones_like(x[:,0]), x[:,0], *[torch.full_like(x[:,0], -9)]*2], 1)
+    x,y = torch.rand(3, 3, 8, 8)*2,torch.randint(0, 2, (3, 8, 8))
+    page,_,data = read(audit(Const(), [(x, y)], 4, pixel_counts=[5, 5, 1, 1], progress=False), tmp_path)
+    assert [o['iou'] for o in json.loads(data)['means'] if o['name']=='rare mIoU']==[[None]]
+    Tags(page)
+
+def test_one_class_only(batches, tmp_path):
+    with pytest.raises(ValueError, match='at least 2, got 1'): audit(ToyNet(4), batches, ['road'])
+    x,_ = toy_batch()
+    y = torch.zeros(len(x), 16, 16, dtype=torch.long) # One class in the data: nothing to lean on
+    page,text,data = read(audit(ToyNet(4), [(x, y)], 4, progress=False), tmp_path)
+    figures = json.loads(data)
+    assert figures['data']['occurring']==1 and figures['networks'][0]['influences']=={'class 0':[]}
+    assert page.count('never occurs in these images')==3
+
+def test_two_classes():
+    x,y = toy_batch(num_classes=2)
+    found = audit(ToyNet(2), [(x, y)], 2, other=ToyNet(2), progress=False)
+    assert found.k==1 and found.to_dict()['robustness']['rows'][-1]['name']=='mIoU*'
+
+def test_all_void():
+    x,y = toy_batch()
+    with pytest.raises(ValueError, match='No pixel has a class'): audit(ToyNet(4), [(x, torch.full_like(y, VOID))], 4, progress=False)
+
+def test_images_of_several_sizes(tmp_path):
+    data = [toy_batch(2, size=16), toy_batch(3, size=24), tuple(o[0] for o in toy_batch(1, size=32))]
+    found = audit(ToyNet(4), data, 4, progress=False)
+    assert found.images==found.total==6 and found.sizes==('16x16','24x24','32x32')
+    assert '16x16, 24x24, 32x32 pixels' in found.report(tmp_path/'a.md')[0].read_text()
+    with pytest.raises(ValueError, match='resize the images'): audit(ToyNet(4), [(torch.rand(1, 3, 16, 16), torch.zeros(1, 8, 8).long())], 4, progress=False)
+
+def test_no_images():
+    with pytest.raises(ValueError, match='`data` is empty'): audit(ToyNet(4), [], 4, progress=False)
+    with pytest.raises(ValueError, match='only once'): audit(ToyNet(4), iter([toy_batch()]), 4)
+
+def test_cut_short(batches, tmp_path):
+    found = audit(net(), batches, HARBOUR, max_images=5, progress=False)
+    assert found.images==5 and found.cut_short and all(e.image<5 for e in found.examples)
+    for text in read(found, tmp_path): assert 'looked at 5 of 12 images' in text
+    assert not audit(net(), batches, HARBOUR, max_images=12, progress=False).cut_short
+
+def test_bad_run_folders(runs, tmp_path):
+    half,newer,moved = (tmp_path/o for o in ('half','newer','moved'))
+    for o in (half, newer, moved): shutil.copytree(runs/'plain', o)
+    (half/'metrics.json').unlink()
+    with pytest.raises(FileNotFoundError, match='not finished'): audit(half)
+    config = json.loads((newer/'config.json').read_text())
+    (newer/'config.json').write_text(json.dumps({**config, 'format':2}))
+    with pytest.raises(ValueError, match='reads format 1'): audit(newer)
+    metrics = json.loads((moved/'metrics.json').read_text())
+    metrics['classes'][0] = 'lane'
+    (moved/'metrics.json').write_text(json.dumps(metrics))
+    with pytest.raises(ValueError, match='was trained on the classes lane'): audit(moved)
+    with pytest.raises(FileNotFoundError): audit(tmp_path/'nothing')
+
+def test_no_linear_classifier(batches, tmp_path):
+    class Distances(nn.Module):
+        def __init__(self): super().__init__(); self.net,self.centres = nn.Conv2d(3, 8, 3, padding=1),nn.Parameter(torch.randn(6, 8))
+        def forward(self, x): return -(self.net(x)[:,None]-self.centres[None,:,:,None,None]).pow(2).sum(2)
+    page,text,data = read(audit(Distances(), batches, HARBOUR, other=net(), labels=('odd','usual'), progress=False), tmp_path)
+    odd,usual = json.loads(data)['networks']
+    assert odd['entanglement'] is None and 'No convolution with 6 outputs' in odd['no_entanglement'] and usual['entanglement']
+    assert 'Left out. No convolution with 6 outputs' in page and 'Left out.' in text
+    assert odd['context'] and odd['confusion']
+
+# ---- weights files
+
+def test_torchvision_from_its_weights_file(tmp_path):
+    "A plain state dict, auxiliary head and all, as torchvision trains it."
+    from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
+    torch.manual_seed(0)
+    model = deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4, aux_loss=True).eval()
+    save_file({k:v.contiguous() for k,v in model.state_dict().items()}, tmp_path/'deeplab.safetensors')
+    x,y = toy_batch(2, size=64)
+    arch = 'torchvision:deeplabv3_mobilenet_v3_large'
+    assert torch.equal(load_network(tmp_path/'deeplab.safetensors', arch, 4)(x)['out'], model(x)['out'])
+    assert torch.equal(load_network(tmp_path/'deeplab.safetensors', 'deeplabv3_mobilenetv3', 4)(x), model(x)['out']) # The same network under our name
+    found = audit(load_network(tmp_path/'deeplab.safetensors', arch, 4), [(x, y)], 4, progress=False)
+    assert found.networks[0].about.startswith('DeepLabV3') and found.networks[0].entangled.weight.shape==(4,256)
+    with pytest.raises(ValueError, match=r"with 5 classes needs \(5,"): load_network(tmp_path/'deeplab.safetensors', arch, 5)
+    with pytest.raises(ValueError, match="does not fit 'small'"): load_network(tmp_path/'deeplab.safetensors', 'small', 4)
+
+@pytest.mark.parametrize('prefix', ['','module.','_orig_mod.','model.'])
+def test_prefixes(prefix):
+    own = ['backbone.weight','classifier.weight']
+    given = {prefix+k:torch.zeros(1) for k in [*own,'aux_classifier.weight']}
+    assert set(fit_names(given, own))==set(own)
+
+def test_dropclass_weights(runs, tmp_path):
+    "A run's weights file brings its head."
+    from dropclass.experiment import load_run
+    run = load_run(runs/'dropclass')
+    model,x = load_network(runs/'dropclass'/'weights.safetensors', 'small', 15),torch.randn(2, 3, 32, 48)
+    assert torch.equal(model(x), run.load_model()(x))
+
+@pytest.mark.parametrize('arch', ['timm:resnet18','smp:Unet:resnet18','torchvision:lraspp_mobilenet_v3_large'])
+def test_other_libraries(arch, tmp_path):
+    model = build_network(arch, 3).eval()
+    save_file({k:v.contiguous() for k,v in model.state_dict().items()}, tmp_path/'w.safetensors')
+    x,y = toy_batch(2, 3, size=64)
+    assert audit(load_network(tmp_path/'w.safetensors', arch, 3), [(x, y)], 3, progress=False).images==2
+
+def test_folders(tmp_path):
+    from dropclass.data_camvid import write_toy_camvid
+    dl,spec,counts = open_images(write_toy_camvid(tmp_path/'camvid'), size=(48,64))
+    assert len(spec)==len(counts)==11 and len(dl.dataset)==3
+
+def test_run_and_weights_side_by_side(runs):
+    found = audit_files([runs/'plain'], [runs/'dropclass'/'weights.safetensors'], ['small'], progress=False)
+    assert [o.label for o in found.networks]==['plain','weights'] and found.images==6
+
+# ---- the command
+
+@pytest.fixture(scope='module')
+def command(tmp_path_factory):
+    "Run the command in a process of its own, as its console script does."
+    script = tmp_path_factory.mktemp('bin')/'dropclass-audit.py'
+    script.write_text("import sys\nfrom dropclass.cli import audit\nif __name__=='__main__': sys.exit(audit())\n")
+    env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
+    return lambda *args: subprocess.run([sys.executable, str(script), *map(str, args)], capture_output=True, text=True, env=env)
+
+def test_command(command, runs, tmp_path):
+    res = command(runs/'plain', '--max-images', 4, '--out', tmp_path/'a')
+    assert res.returncode==0, res.stderr
+    assert 'the weakest classes' in res.stdout.lower() and 'looked at 4 of 6 images' in res.stdout
+    assert {o.name for o in (tmp_path/'a').glob('report.*')}=={'report.html','report.md','report.json'}
+    res = command(tmp_path/'nothing')
+    assert res.returncode==2 and res.stderr.count('\n')==1 and 'is no run' in res.stderr
+    res = command('--model', runs/'plain'/'weights.safetensors', '--data', 'scenes')
+    assert res.returncode==2 and 'needs an architecture' in res.stderr
+
+# ---- the page in a browser
+
+@pytest.mark.skipif(chromium is None, reason="no Chromium or Chrome is installed")
+@pytest.mark.parametrize('width', [360, 1280])
+def test_page_fits_the_window(two, tmp_path, width):
+    "Nothing but the tables' own scroll areas is wider than the window, and every picture is decoded."
+    page = two.report(tmp_path/'r.html')[0].read_text()
+    probe = """<iframe id=f style="width:%dpx;height:3000px;border:0"></iframe><script>
+      const f = document.getElementById('f'); f.srcdoc = %s;
+      f.onload = () => { const d = f.contentDocument, i = [...d.images];
+        document.title = [d.documentElement.scrollWidth, i.length, i.filter(o => o.complete && o.naturalWidth>0).length, d.querySelectorAll('table').length].join(' ') }</script>"""
+    (tmp_path/'probe.html').write_text('<!doctype html><title>?</title>'+probe % (width, json.dumps(page).replace('</', '<\\/')), encoding='utf-8')
+    res = subprocess.run([chromium, '--headless', '--no-sandbox', '--disable-gpu', '--virtual-time-budget=8000', f'--user-data-dir={tmp_path}/profile', '--dump-dom', f'file://{tmp_path}/probe.html'], capture_output=True, text=True, timeout=120)
+    scroll,images,decoded,tables = map(int, re.search(r'<title>(.*?)</title>', res.stdout)[1].split())
+    assert scroll<=width and images==decoded>5 and tables>=6

@@ -17,10 +17,11 @@ from fastai.data.transforms import get_c
 from fastai.learner import CastToTensor, ValueMetric
 from fastai.torch_core import norm_bias_params
 from .core import check_choice, eval_mode, step_generator
-from .features import dropped_class, sample_keep_mask
+from .data_core import class_counts
+from .features import cycled_class, dropped_class, sample_keep_mask
 from .fused import find_resize, fuses, resize_dropclass_loss
 from .head import add_dropclass, get_head, main_output, split_paths
-from .losses import check_void, drop_path_losses, get_ignore_index, total_loss
+from .losses import check_void, choose_paths, drop_path_losses, get_ignore_index, total_loss
 from .schedules import as_schedule, global_step, schedule_value
 
 # %% ../nbs/30_callback.ipynb #69e50bc2
@@ -35,7 +36,11 @@ class DropClassCallback(Callback):
         scale:str|None=None, # 'unit' or 'raw' channel scale; None keeps the head's ('unit')
         predict:str|None=None, # Path that predicts: 'auto', 'plain', 'drop' or 'mean'; None keeps the head's ('auto')
         detach:bool|None=None, # Stop gradients through the importance? None keeps the head's (no)
+        start:str='random', # First weights of the compensation block: 'random' or 'identity'
         never_drop=(), # Classes that are never dropped, by name or label: a background, say
+        draw='uniform', # Which class is drawn: 'uniform' as Eq. (3), 'cycle' in shuffled rounds, 'present' in the batch, 'rare' more often, or one weight per class
+        drop:str='class', # 'class', or 'random': a control that takes as much from random channels
+        paths:str='both', # 'both' paths in every step, or 'sample' one of them: same gradient on average, at the cost of one
         normalize:str='valid', # Masked loss is a mean over 'valid' pixels, or over 'all' pixels as in Eq. (6)
         per_epoch:bool=False, # Raise the schedules once per epoch, as the authors do, instead of every step?
         classifier:str|None=None, # Name of the model's classifier; None finds it
@@ -45,7 +50,8 @@ class DropClassCallback(Callback):
         seed:int=0, # Seed of the drawn classes and of the head's new weights
     ):
         if alpha<0: raise ValueError(f"`alpha` must be 0 or more, got {alpha}")
-        check_choice(normalize, ['valid','all'], 'normalize')
+        for name,value,choices in (('normalize', normalize, ('valid','all')), ('drop', drop, ('class','random')), ('paths', paths, ('both','sample'))): check_choice(value, choices, name)
+        if isinstance(draw, str): check_choice(draw, ('uniform','cycle','present','rare'), 'draw')
         lam,drop_prob = as_schedule(lam, 'lam'),as_schedule(drop_prob, 'drop_prob')
         never_drop = (never_drop,) if isinstance(never_drop, (str,int)) else tuple(never_drop)
         store_attr()
@@ -77,6 +83,14 @@ def _num_classes(dls):
     try: return get_c(dls) or None
     except (AttributeError, TypeError, IndexError): return None
 
+# %% ../nbs/30_callback.ipynb #fb546993
+@patch
+def fixed_weights(self:DropClassCallback): # One weight per class (C,); None draws all alike
+    "Work out how often each class is drawn, where that does not depend on the batch."
+    if not isinstance(self.draw, str): return self.draw
+    if self.draw!='rare': return None
+    return class_counts(self.dls.train.dataset, len(self.names)).clamp(min=1).double()**-.5
+
 # %% ../nbs/30_callback.ipynb #89a91e88
 @patch
 def setup_head(self:DropClassCallback) -> bool: # Was a head added?
@@ -85,13 +99,14 @@ def setup_head(self:DropClassCallback) -> bool: # Was a head added?
     self.drop_head = get_head(self.model)
     added = self.drop_head is None
     if added:
-        self.drop_head = add_dropclass(self.model, _num_classes(self.dls), self.classifier, self.probe, seed=self.seed, **options)
+        self.drop_head = add_dropclass(self.model, _num_classes(self.dls), self.classifier, self.probe, start=self.start, seed=self.seed, **options)
     for k,v in options.items(): setattr(self.drop_head, k, v)
     self.names = class_names(self.dls, self.drop_head.out_channels)
     unknown = [o for o in self.never_drop if o not in self.names and o not in range(len(self.names))]
     if unknown: raise ValueError(f"`never_drop` names {unknown[0]!r}, which is no class; the classes are {', '.join(self.names)}")
     never = {self.names.index(o) if isinstance(o, str) else o for o in self.never_drop}
     self.droppable = [i for i in range(len(self.names)) if i not in never]
+    self.draw_weights = self.fixed_weights()
     return added
 
 @patch
@@ -123,7 +138,7 @@ def evaluating(self:DropClassCallback) -> bool: # Does the Learner only predict?
 def disarm(self:DropClassCallback):
     "Let the head answer by one path."
     head = get_head(self.learn.model)
-    if head is not None: head.keep_mask,head.both_in_eval,head.small_only,head.small = None,False,False,None
+    if head is not None: head.keep_mask,head.both_in_eval,head.small_only,head.small,head.only,head.shuffle = None,False,False,None,None,None
 
 @patch
 def tidy(self:DropClassCallback):
@@ -157,21 +172,42 @@ def after_fit(self:DropClassCallback):
 
 # %% ../nbs/30_callback.ipynb #e346a454
 @patch
+def sample_mask(self:DropClassCallback,
+    step:int, # Training step, counted over all epochs
+    drop_prob:float, # Probability that the drawn class is dropped
+    generator:torch.Generator, # The step's random source
+) -> Tensor: # Mask (C,): 1 = kept, 0 = dropped
+    "Draw the class to drop, Eq. (3), or as `draw` says."
+    C,labels,weights = len(self.names),self.droppable,self.draw_weights
+    if self.draw=='cycle': labels = [cycled_class(labels, self.seed, step)]
+    if self.draw=='present':
+        found = self.yb[0][self.yb[0]<C].long()
+        weights = torch.bincount(found.flatten(), minlength=C)[:C].clamp(max=1).cpu()
+    return sample_keep_mask(C, drop_prob, generator, labels, weights)
+
+@patch
 def step_state(self:DropClassCallback) -> dict: # Numbers of this step
     "Work out the step, the schedules' values and the mask; all are functions of the seed and the position in the fit."
     read = lambda o,name: schedule_value(o, min(self.pct_train, 1.), self.per_epoch, self.n_epoch, name)
     lam,drop_prob = read(self.lam, 'lam'),read(self.drop_prob, 'drop_prob')
     step = global_step(self.epoch, self.n_iter, self.iter)
-    self.keep_mask = sample_keep_mask(len(self.names), drop_prob, step_generator(self.seed, step), self.droppable)
-    return dict(step=step, epoch=self.epoch, lam=lam, drop_prob=drop_prob, dropped_class=dropped_class(self.keep_mask))
+    generator = step_generator(self.seed, step)
+    self.keep_mask = self.sample_mask(step, drop_prob, generator)
+    z = dropped_class(self.keep_mask)
+    self.step_paths = choose_paths(lam, z, self.alpha, self.paths=='sample', generator)
+    shuffles = self.drop=='random' and z is not None
+    self.drop_head.shuffle = torch.randperm(self.drop_head.compensation[0].in_channels, generator=generator) if shuffles else None
+    return dict(step=step, epoch=self.epoch, lam=lam, drop_prob=drop_prob, dropped_class=z, path=self.step_paths.path)
 
 @patch
 def before_batch(self:DropClassCallback):
     "Arm the head: with this step's mask in training, with all classes kept in validation."
     if self.evaluating: return
+    self.drop_head.only = self.drop_head.shuffle = None
     if self.training: self.now,self.small = self.step_state(),self.small_route()
     else: self.keep_mask,self.small = torch.ones(len(self.names)),None
-    self.drop_head.small_only = self.small is not None
+    if self.training and self.step_paths.path!='both': self.drop_head.only = self.step_paths.path
+    self.drop_head.small_only,self.drop_head.answered = self.small is not None,False
     if self.training and self.now['lam']>=.5: self.drop_head.mark_trained()
     self.drop_head.both_in_eval = self.both_paths and not self.training
     if self.training or self.both_paths: self.drop_head.keep_mask = self.keep_mask
@@ -182,11 +218,12 @@ def after_pred(self:DropClassCallback):
     "Hand one path on, keep the other."
     if self.evaluating or self.drop_head.keep_mask is None: return
     self.drop_head.keep_mask,self.drop_head.both_in_eval = None,False
+    if not self.drop_head.answered: raise ValueError("The head did not run in this step: its layer is not on the way to the prediction; name another with `classifier`")
     if self.small is not None: return self.take_small()
     if not isinstance(self.pred, Tensor):
         raise TypeError(f"The model returns {type(self.pred).__name__}, which fastai's losses cannot take: wrap it, as in Learner(dls, OutputAdapter(model), ...)")
     logits,self.drop_logits = split_paths(self.pred, len(self.yb[0]))
-    if self.drop_logits is None: raise ValueError("The head did not run in this step: its layer is not on the way to the prediction; name another with `classifier`")
+    if self.drop_head.only=='drop': self.drop_logits = logits
     if self.training: self.learn.pred = logits
     else: self.compare_paths(logits)
 
@@ -253,8 +290,8 @@ def small_route(self:DropClassCallback) -> dict|None: # Options of the fused los
 @patch
 def take_small(self:DropClassCallback):
     "Take the small logits from the head, and leave fastai one pixel to compare."
-    if self.drop_head.small is None: raise ValueError("The head did not run in this step: its layer is not on the way to the prediction; name another with `classifier`")
-    self.small_logits,self.drop_logits = self.drop_head.small
+    self.plain_logits,self.drop_logits = self.drop_head.small
+    self.small_logits = self.drop_logits if self.plain_logits is None else self.plain_logits
     self.drop_head.small,self.full_yb = None,self.learn.yb
     pixel = (slice(None, 1), Ellipsis, *[slice(None, 1)]*2)
     self.learn.pred,self.learn.yb = self.small_logits[pixel],(self.full_yb[0][pixel],)
@@ -263,18 +300,22 @@ def take_small(self:DropClassCallback):
 def small_losses(self:DropClassCallback) -> tuple: # Total loss and its parts plain, masked, suppression
     "Put prediction and target back, and compute the total loss from the small logits."
     self.learn.pred,self.learn.yb = self.small_logits,self.full_yb
-    total,parts = resize_dropclass_loss(self.small_logits, self.drop_logits, self.yb[0], self.now['dropped_class'], self.now['lam'], self.alpha, **self.small)
-    self.small_logits = self.full_yb = None
+    path,lam,alpha = self.step_paths
+    z = None if path=='plain' else self.now['dropped_class']
+    total,parts = resize_dropclass_loss(self.plain_logits, self.drop_logits, self.yb[0], z, lam, alpha, **self.small)
+    self.small_logits = self.plain_logits = self.full_yb = None
     return (total,*parts)
 
 # %% ../nbs/30_callback.ipynb #3fe81c88
 @patch
 def stacked_losses(self:DropClassCallback) -> tuple: # Total loss and its parts plain, masked, suppression
     "Blend the loss that fastai has computed with those of the drop path."
-    target,plain = self.yb[0],self.learn.loss_grad
+    (path,lam,alpha),target,plain = self.step_paths,self.yb[0],self.learn.loss_grad
     if not torch.isfinite(plain) and not self.has_labels: plain = 0*self.pred.float().sum()
+    missing = plain.new_full((), float('nan'))
+    if path=='plain': return total_loss(plain, None, None, lam, alpha),plain,missing,missing
     masked,suppression = drop_path_losses(self.drop_logits, target, self.keep_mask, self.loss_func, self.normalize)
-    return total_loss(plain, masked, suppression, self.now['lam'], self.alpha),plain,masked,suppression
+    return total_loss(plain, masked, suppression, lam, alpha),missing if path=='drop' else plain,masked,suppression
 
 @patch
 def after_loss(self:DropClassCallback):
@@ -311,7 +352,7 @@ def remove_columns(self:DropClassCallback):
 def epoch_parts(self:DropClassCallback) -> list: # Means of plain, masked, suppression and total loss over the epoch
     "Average the parts of the loss over the epoch's steps."
     parts = [row['parts'] for row in self.rows if row['epoch']==self.epoch]
-    return torch.stack(parts).mean(0).tolist() if parts else [float('nan')]*4
+    return torch.stack(parts).nanmean(0).tolist() if parts else [float('nan')]*4
 
 @patch
 def drop_share(self:DropClassCallback) -> float: # 0 plain path, 1 drop path, 0.5 their mean

@@ -57,6 +57,7 @@ def compensation_block(
     channels:int, # Feature channels, K
     conv:type=nn.Conv2d, # Convolution class: `nn.Conv1d`, `nn.Conv2d` or `nn.Conv3d`
     seed:int=0, # Seed of the block's own generator
+    start:str='random', # 'random' weights, or 'identity': mixes nothing at first
     device=None, # Device of the weights; None is PyTorch's default
     dtype:torch.dtype|None=None, # Type of the weights; None is PyTorch's default
 ) -> nn.Sequential: # Convolution 1x1 (K to K), BatchNorm, ReLU
@@ -64,7 +65,8 @@ def compensation_block(
     device = torch.get_default_device() if device is None else device
     mix = nn.utils.skip_init(conv, channels, channels, 1, bias=False, device=device, dtype=dtype)
     weight = torch.empty(mix.weight.shape, dtype=mix.weight.dtype)
-    nn.init.kaiming_uniform_(weight, a=5**.5, generator=torch.Generator().manual_seed(seed))
+    if check_choice(start, ['random','identity'], 'start')=='identity': nn.init.dirac_(weight)
+    else: nn.init.kaiming_uniform_(weight, a=5**.5, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad(): mix.weight.copy_(weight)
     return nn.Sequential(mix, _CONVS[conv](channels, device=device, dtype=dtype), nn.ReLU(inplace=True))
 
@@ -83,6 +85,7 @@ class DropClassHead(nn.Module):
         form:str|None=None, # 'closed form' reads the importance off the kernel, 'autograd' differentiates; None: a kernel where there is one
         dims:int=2, # Spatial axes of the features; only asked where the classifier is no convolution
         beside=(), # Other convolutions whose scores are added to the classifier's, see "Two classifiers in one"
+        start:str='random', # First weights of the compensation block: 'random' or 'identity'
         seed:int=0, # Seed of the compensation block's weights
     ):
         super().__init__()
@@ -93,6 +96,7 @@ class DropClassHead(nn.Module):
         self.detach,self.signed,self.beside = detach,signed,tuple(beside)
         self.keep_mask,self.both_in_eval = None,False # Armed by which mask; both paths in evaluation too?
         self.small_only,self.small = False,None # Keep the logits instead of sending them through the tail? Where they are kept
+        self.only,self.shuffle,self.answered = None,None,False # The one path wanted; a control, see `class_scale`; did the head run while armed?
         self.one_path,self.quiet = None,False # Which path this run of the tail is for; has the warning been given?
         self.tail,self.leaf = None,None
         weight,kind = next(classifier.parameters(), None),_conv_kind(classifier)
@@ -100,7 +104,7 @@ class DropClassHead(nn.Module):
         if None in (channels, num_classes) and kind is None:
             raise ValueError(f"{type(classifier).__name__} is no convolution: give `channels` and `num_classes`, the number of channels it takes and of classes it scores")
         self.classifier,self.num_classes = classifier,num_classes or classifier.out_channels
-        self.compensation = compensation_block(channels or classifier.in_channels, kind or _conv_of(dims), seed, weight.device, weight.dtype)
+        self.compensation = compensation_block(channels or classifier.in_channels, kind or _conv_of(dims), seed, start, weight.device, weight.dtype)
         self.register_buffer('drop_trained', torch.zeros((), device=weight.device))
         self._drop_trained = False
 
@@ -150,10 +154,10 @@ def drop_logits(self:DropClassHead,
     keep_mask = torch.ones(self.num_classes, device=features.device) if keep_mask is None else keep_mask.to(features.device)
     mix,norm,act = self.compensation
     if self.form=='closed form' and not self.signed:
-        positive,_ = class_scale(importance, keep_mask, self.average, self.scale)
+        positive,_ = class_scale(importance, keep_mask, self.average, self.scale, self.shuffle)
         weight = mix.weight*positive.view(1, -1, *[1]*(mix.weight.dim()-2))
         mixed = mix._conv_forward(features, weight.to(mix.weight.dtype), None)
-    else: mixed = mix(drop_features(features, importance, keep_mask, self.average, self.scale, signed=self.signed))
+    else: mixed = mix(drop_features(features, importance, keep_mask, self.average, self.scale, signed=self.signed, shuffle=self.shuffle))
     return self.classify(act(norm(mixed)))
 
 # %% ../nbs/20_head.ipynb #0f5ac618
@@ -192,12 +196,18 @@ def warn_unarmed(self:DropClassHead):
 
 @patch
 def keep_small(self:DropClassHead,
-    logits:Tensor, # Logits of the plain path (N,C,h1,w1)
-    drop_logits:Tensor, # Logits of the drop path (N,C,h1,w1)
+    logits:Tensor|None, # Logits of the plain path (N,C,h1,w1); None if it does not run
+    drop_logits:Tensor|None, # Logits of the drop path (N,C,h1,w1); None if it does not run
 ) -> Tensor: # One channel (N,1,h1,w1) that stands for both on the way through the tail
     "Keep the logits for a loss that takes them small, and spare the tail all channels but one."
     self.small = logits,drop_logits
-    return logits[:,:1]+0*drop_logits[:,:1] # Both in the graph, so that no distributed wrapper takes a path for unused
+    first,*other = [o[:,:1] for o in (logits, drop_logits) if o is not None]
+    return first+0*other[0] if other else first # Both in the graph, so that no distributed wrapper takes a path for unused
+
+@patch
+def idle(self:DropClassHead) -> Tensor: # Scalar 0, whose gradient is 0 for every weight of the block
+    "Keep the block's weights in the graph of a step that does not use them."
+    return 0*sum(o.sum() for o in self.compensation.parameters())
 
 # %% ../nbs/20_head.ipynb #d57aeb9f
 @patch
@@ -206,17 +216,24 @@ def answer(self:DropClassHead,
 ) -> Tensor: # Logits (N,C,h1,w1); both paths stacked (2N,C,h1,w1) while armed
     "Classify the features, by both paths while a mask is armed."
     if self.leaf is not None: return self.classify(self.leaf)
-    if self.armed:
-        if self.one_path=='plain': return self.classify(features)
-        drop_logits = self.drop_logits(features, self.keep_mask)
-        if self.one_path=='drop': return drop_logits
-        logits = self.classify(features)
-        return self.keep_small(logits, drop_logits) if self.small_only else torch.cat([logits, drop_logits])
+    if self.armed: return self.answer_armed(features)
     if self.training and torch.is_grad_enabled() and not self.quiet: self.warn_unarmed()
     path = 'plain' if self.training else self.predicts
     if path=='plain': return self.classify(features)
     drop_logits = self.drop_logits(features)
     return drop_logits if path=='drop' else (self.classify(features)+drop_logits)/2
+
+@patch
+def answer_armed(self:DropClassHead,
+    features:Tensor, # Features (N,K,h1,w1)
+) -> Tensor: # Logits of both paths stacked (2N,C,h1,w1), or of the one that is wanted (N,C,h1,w1)
+    "Run the paths that this step needs."
+    self.answered,path = True,self.one_path or self.only
+    logits = None if path=='drop' else self.classify(features)
+    drop_logits = None if path=='plain' else self.drop_logits(features, self.keep_mask)
+    if self.only=='plain': logits = logits+self.idle()
+    if self.small_only: return self.keep_small(logits, drop_logits)
+    return torch.cat([logits, drop_logits]) if path is None else drop_logits if logits is None else logits
 
 @patch
 def forward(self:DropClassHead,
@@ -236,14 +253,16 @@ def _gather(beside, features):
 def dropping(self:DropClassHead,
     keep_mask:Tensor, # Mask (C,), 1 = kept, 0 = dropped
     lam:float|None=None, # Weight of the drop path's loss in this step; from 0.5 on, `predict='auto'` answers by the drop path
+    only:str|None=None, # Run one path, 'plain' or 'drop', instead of both, as `choose_paths` says; None and 'both' run both
 ):
-    "Return both paths, stacked, from every training forward inside the context."
+    "Return both paths, stacked, from every training forward inside the context; or just one."
     if self.num_classes!=len(keep_mask):
         raise ValueError(f"`keep_mask` has {len(keep_mask)} entries for {self.num_classes} classes: give one entry per class")
-    before,self.keep_mask = self.keep_mask,keep_mask
+    if only is not None: only = None if check_choice(only, ['plain','drop','both'], 'only')=='both' else only
+    before,self.keep_mask,self.only = (self.keep_mask,self.only),keep_mask,only
     if lam is not None and lam>=.5: self.mark_trained()
     try: yield self
-    finally: self.keep_mask = before
+    finally: self.keep_mask,self.only = before
 
 @patch
 def mark_trained(self:DropClassHead,
@@ -659,7 +678,7 @@ class _Tail:
         self.replay.outputs.clear()
         self.replay.on = head.armed if head.form=='closed form' else drops
         if self.replay.on: self.call = model,args,kwargs
-        head.one_path = 'plain' if self.twice and head.armed else None
+        head.one_path = 'plain' if self.twice and head.armed and head.only is None else None
     def after(self, model, args, kwargs, out):
         "Run the tail behind the drop logits where they could not be stacked, and forget the forward."
         try:

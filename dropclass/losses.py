@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['plain_tensor', 'loss_input', 'get_ignore_index', 'check_void', 'cross_entropy_options', 'pixel_loss_sum',
            'pixel_count', 'pixel_loss', 'no_reduction', 'per_pixel_loss', 'masked_target', 'other_loss',
-           'segmentation_loss', 'mean_prob', 'suppression_loss', 'drop_path_losses', 'total_loss', 'dropclass_loss']
+           'segmentation_loss', 'mean_prob', 'suppression_loss', 'drop_path_losses', 'total_loss', 'StepPaths',
+           'choose_paths', 'dropclass_loss']
 
 # %% ../nbs/12_losses.ipynb #8911a4f7
 import inspect
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import nn, Tensor
@@ -234,21 +236,41 @@ def drop_path_losses(
 
 # %% ../nbs/12_losses.ipynb #1fccd09b
 def total_loss(
-    plain:Tensor, # Loss of the plain path, Eq. (5), scalar
-    masked:Tensor, # Masked loss of the drop path, Eq. (6), scalar
-    suppression:Tensor, # Suppression term, Eq. (8), scalar
+    plain:Tensor|None, # Loss of the plain path, Eq. (5), scalar; None if `lam` is 1
+    masked:Tensor|None, # Masked loss of the drop path, Eq. (6), scalar; None if `lam` is 0
+    suppression:Tensor|None, # Suppression term, Eq. (8), scalar; None if `alpha` is 0
     lam:float, # Weight of the drop path, lambda, in [0,1]
     alpha:float=10., # Weight of the suppression term, at least 0
 ) -> Tensor: # Scalar to minimise
-    "Blend the three terms, Eq. (7) and (9)."
+    "Blend the three terms, Eq. (7) and (9); a term of weight 0 is not looked at."
     lam = check_unit(lam, 'lam')
     if not alpha>=0: raise ValueError(f"`alpha` must be at least 0, got {alpha}: 10 is the paper's, 0 turns the suppression off")
-    return (1-lam)*plain + lam*masked + alpha*suppression
+    return sum(w*o for w,o in ((1-lam, plain), (lam, masked), (alpha, suppression)) if w)
+
+# %% ../nbs/12_losses.ipynb #2ae84569
+class StepPaths(NamedTuple):
+    "What one step computes."
+    path:str # 'plain', 'drop' or 'both'
+    lam:float # Weight of the drop path in the total loss of this step
+    alpha:float # Weight of the suppression in the total loss of this step
+
+def choose_paths(
+    lam:float, # Weight of the drop path, lambda, in [0,1]
+    dropped_class:int|None, # The dropped class z; None if all are kept
+    alpha:float=10., # Weight of the suppression term, at least 0
+    sample:bool=False, # Run one path only, drawn with probability `lam` for the drop path?
+    generator:torch.Generator|None=None, # Random source of that draw; None is the global one
+) -> StepPaths: # Which paths, and their weights
+    "Leave out what has weight 0, or draw one path."
+    if sample: return StepPaths('drop', 1., alpha/lam) if torch.rand(1, generator=generator).item()<lam else StepPaths('plain', 0., 0.)
+    if lam==1: return StepPaths('drop', 1., alpha)
+    if lam==0 and (dropped_class is None or alpha==0): return StepPaths('plain', 0., 0.)
+    return StepPaths('both', lam, alpha)
 
 # %% ../nbs/12_losses.ipynb #c48083e3
 def dropclass_loss(
-    logits:Tensor, # Logits of the plain path (N,C,h,w)
-    drop_logits:Tensor, # Logits of the drop path (N,C,h,w)
+    logits:Tensor|None, # Logits of the plain path (N,C,h,w); None if it did not run, which needs `lam` 1
+    drop_logits:Tensor|None, # Logits of the drop path (N,C,h,w); None if it did not run, which needs `lam` 0 and no dropped class
     target:Tensor, # Labels (N,h,w)
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     lam:float, # Weight of the drop path, lambda, in [0,1]
@@ -257,5 +279,10 @@ def dropclass_loss(
     normalize:str='valid', # 'valid': mean over the pixels that count; 'all': divided by N*h*w
 ) -> Tensor: # Scalar to minimise
     "Compute the total loss of a training step."
-    plain = segmentation_loss(logits, target, base_loss, normalize=normalize)
-    return total_loss(plain, *drop_path_losses(drop_logits, target, keep_mask, base_loss, normalize), lam=lam, alpha=alpha)
+    plain,drop = None,(None, None)
+    needed = choose_paths(lam, find_dropped_class(keep_mask), alpha).path
+    for name,given in (('plain', logits), ('drop', drop_logits)):
+        if given is None and needed in (name, 'both'): raise ValueError(f"The {name} path has a weight at lam={lam}, alpha={alpha}, so its logits cannot be None: let it run, or change the weights")
+    if logits is not None: plain = segmentation_loss(logits, target, base_loss, normalize=normalize)
+    if drop_logits is not None: drop = drop_path_losses(drop_logits, target, keep_mask, base_loss, normalize)
+    return total_loss(plain, *drop, lam=lam, alpha=0. if drop_logits is None else alpha)

@@ -147,10 +147,9 @@ def in_learner(model, x, y, cbs=None):
     learn.create_opt()
     learn.n_epoch,learn.epoch,learn.n_iter,learn.dl = 1,0,10_000,learn.dls.train
     for event in ('before_fit', 'before_epoch', 'before_train'): learn(event)
-    state = learn.train_eval if hasattr(learn, 'train_eval') else None
     def step(pct=0.):
-        if state is not None: state.learn.pct_train = pct
-        learn.one_batch(int(pct*10_000), (x, y)) # The step decides which class is drawn
+        learn.pct_train = pct
+        learn.one_batch(int(pct*9_999), (x, y)) # The number of the step decides which class is drawn
     return step
 
 def sgd(params, lr=1e-3): return SGD(params, lr=lr, mom=.9)
@@ -229,7 +228,9 @@ def in_fresh_process(script, *args):
 def peak_bytes(device='cpu'):
     "Peak memory of this process so far: resident on a CPU, of the allocator on a GPU."
     if torch.device(device).type=='cuda': return torch.cuda.max_memory_allocated()
-    import resource
+    status = Path('/proc/self/status')
+    if status.exists(): return next(int(o.split()[1])*1024 for o in status.read_text().splitlines() if o.startswith('VmHWM'))
+    import resource # Where there is no /proc; on Linux it would count what the parent process held when it started this one
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
 
 

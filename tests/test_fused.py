@@ -269,11 +269,13 @@ def test_logits_of_any_size_in_float32(scale):
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
 def test_threads_start_anew_after_a_fork():
     "A forked process has none of its parent's threads; waiting for them would take forever."
-    code = """import os
+    code = """import os, signal
 from dropclass.fused import map_bands
 squares = lambda: list(map_bands(lambda o: o*o, range(8), workers=2))
 want,pid = squares(),os.fork()
-if pid==0: os._exit(0 if squares()==want else 1)
+if pid==0:
+    signal.alarm(60) # nobody else would end it
+    os._exit(0 if squares()==want else 1)
 assert os.waitpid(pid, 0)[1]==0"""
     subprocess.run([sys.executable, '-c', code], check=True, timeout=100)
 

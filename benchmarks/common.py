@@ -51,6 +51,11 @@ def parse_size(size):
     return height,width
 
 
+def batch_size(arch, bs=0):
+    "Images per batch; 0 is one, and two for DeepLabV3, whose pooling branch norms over a single pixel per image."
+    return bs or (2 if arch.startswith('deeplab') else 1)
+
+
 def make_batch(bs, size, classes, device='cpu', channels_last=False):
     "Random images, labels in blocks, a void frame."
     gen = torch.Generator().manual_seed(0)

@@ -10,7 +10,7 @@ import sys
 import torch
 from fastcore.script import call_parse
 
-from common import PAPER, VARIANTS, build_step, in_fresh_process, make_base, make_batch, parse_size, peak_bytes, setting, show, write_csv
+from common import PAPER, VARIANTS, batch_size, build_step, in_fresh_process, make_base, make_batch, parse_size, peak_bytes, setting, show, write_csv
 
 COMPARED = [o for o in VARIANTS if o!='plain, Learner']
 
@@ -18,7 +18,7 @@ COMPARED = [o for o in VARIANTS if o!='plain, Learner']
 def report(name, arch, size, bs, classes, threads, device):
     "Print the peak of this process, and what the steps added to it, in bytes."
     torch.set_num_threads(threads)
-    x,y = make_batch(bs, size, classes, device, True)
+    x,y = make_batch(batch_size(arch, bs), size, classes, device, True)
     step = build_step(name, make_base(arch, classes, device, True), classes, x, y)
     if device=='cuda': torch.cuda.reset_peak_memory_stats()
     before = peak_bytes(device)
@@ -30,7 +30,7 @@ def report(name, arch, size, bs, classes, threads, device):
 def main(
     archs:str=PAPER, # Networks, of `model_names()`
     size:str='512x1024', # Height x width of the images, in pixels
-    bs:int=1, # Images per batch
+    bs:int=0, # Images per batch; 0 is one, for DeepLabV3 two
     classes:int=19, # Number of classes
     threads:int=2, # Threads of PyTorch
     device:str='cpu', # Where to run: cpu or cuda
@@ -45,7 +45,7 @@ def main(
         names = variants.split(';') if variants else COMPARED if i==0 else ['plain', 'plain again', 'dropclass, Learner', "authors' formula"]
         args = ['--archs', arch, '--size', size, '--bs', bs, '--classes', classes, '--threads', threads, '--device', device]
         peaks = {name:[int(o)/2**20 for o in in_fresh_process(__file__, '--only', name, *args).split()] for name in names}
-        where = setting(arch, parse_size(size), bs, classes, 1, threads, device)
+        where = setting(arch, parse_size(size), batch_size(arch, bs), classes, 1, threads, device)
         new = [where | dict(variant=name, peak_mb=round(peak), step_mb=round(step), ratio=round(peak/peaks['plain'][0], 3), step_ratio=round(step/peaks['plain'][1], 3))
                for name,(peak,step) in peaks.items()]
         show(new, ['arch', 'height', 'width', 'variant', 'peak_mb', 'step_mb', 'ratio', 'step_ratio'])

@@ -14,7 +14,7 @@ from fastcore.script import call_parse
 from statistics import median
 from torch.nn import functional as F
 
-from common import ALPHA, DROPPED, LAM, PAPER, make_base, make_batch, make_steps, measure, parse_size, setting, show, write_csv
+from common import ALPHA, DROPPED, LAM, PAPER, batch_size, make_base, make_batch, make_steps, measure, parse_size, setting, show, write_csv
 from dropclass.core import VOID
 from dropclass.fused import resize_dropclass_loss
 from dropclass.head import add_dropclass
@@ -56,11 +56,11 @@ def main(
     torch.set_num_threads(threads)
     rows = []
     for arch in archs.split(','):
-        x,y = make_batch(1, parse_size(size), classes, device, True)
+        x,y = make_batch(batch_size(arch), parse_size(size), classes, device, True)
         steps = {f'whole step, {k}':v for k,v in make_steps(arch, classes, x, y, ('plain', 'dropclass'), True).items()}
         times = measure(steps, rounds, device) | measure(make_parts(arch, classes, x, y), rounds, device)
         plain = median(o[0] for o in times['whole step, plain'])
-        new = [setting(arch, parse_size(size), 1, classes, rounds, threads, device) | dict(part=k, wall_ms=round(median(o[0] for o in v), 1),
+        new = [setting(arch, parse_size(size), len(x), classes, rounds, threads, device) | dict(part=k, wall_ms=round(median(o[0] for o in v), 1),
                cpu_ms=round(median(o[1] for o in v), 1), share=round(median(o[0] for o in v)/plain, 3)) for k,v in times.items()]
         show(new, ['arch', 'part', 'wall_ms', 'cpu_ms', 'share'])
         rows += new

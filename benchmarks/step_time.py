@@ -6,7 +6,7 @@
 import torch
 from fastcore.script import call_parse, store_true
 
-from common import PAPER, TIMES, VARIANTS, make_batch, make_steps, measure, parse_size, setting, show, summary, write_csv
+from common import PAPER, TIMES, VARIANTS, batch_size, make_batch, make_steps, measure, parse_size, setting, show, summary, write_csv
 
 
 def show_profile(steps, device, names=('plain', 'dropclass'), top=14):
@@ -24,7 +24,7 @@ def show_profile(steps, device, names=('plain', 'dropclass'), top=14):
 def main(
     archs:str=PAPER, # Networks, of `model_names()`
     size:str='512x1024', # Height x width of the images, in pixels
-    bs:int=1, # Images per batch
+    bs:int=0, # Images per batch; 0 is one, for DeepLabV3 two
     classes:int=19, # Number of classes
     rounds:int=7, # Timed rounds; at least 5
     threads:int=2, # Threads of PyTorch
@@ -39,9 +39,9 @@ def main(
     torch.set_num_threads(threads)
     rows,names = [],variants.split(';') if variants else VARIANTS
     for arch in archs.split(','):
-        x,y = make_batch(bs, parse_size(size), classes, device, not channels_first)
+        x,y = make_batch(batch_size(arch, bs), parse_size(size), classes, device, not channels_first)
         steps = make_steps(arch, classes, x, y, names, not channels_first)
-        new = [setting(arch, parse_size(size), bs, classes, rounds, threads, device) | o for o in summary(measure(steps, rounds, device))]
+        new = [setting(arch, parse_size(size), len(x), classes, rounds, threads, device) | o for o in summary(measure(steps, rounds, device))]
         show(new, TIMES)
         rows += new
         write_csv(rows, csv)

@@ -14,13 +14,13 @@ from fastcore.script import call_parse, store_true
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = {
-    'step_time': ['--rounds', '7'],
-    'parts': [],
+    'step_time': ['--rounds', '5'],
+    'parts': ['--rounds', '5'],
     'memory': [],
     'classes': ['--rounds', '5'],
     'image_size': ['--rounds', '5'],
     'schedule': ['--points', '20'],
-    'fused_loss': ['--rounds', '7'],
+    'fused_loss': ['--rounds', '5'],
     'data_loading': [],
     'audit': [],
 }

@@ -49,7 +49,7 @@ def main(
     for C in counts:
         x,y = make_batch(1, parse_size(size), C, device, True)
         steps = make_steps(arch, C, x, y, ('plain', 'dropclass'), True)
-        new = summary(measure(steps, rounds, device, warm=1))
+        new = summary(measure(steps, rounds, device))
         share = (outside[C]-outside[counts[0]])/new[0]['wall_ms_median']
         rows += [setting(arch, parse_size(size), 1, C, rounds, threads, device) | o | dict(outside_ms=round(outside[C], 1), outside_growth=round(share, 4)) for o in new]
         show(rows[-2:], TIMES+['outside_ms', 'outside_growth'])

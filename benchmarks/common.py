@@ -17,6 +17,7 @@ Grad-CAM              Eq. (1) to (4) as they are written: the importance of each
 """
 import copy
 import csv as csv_module
+import os
 import subprocess
 import sys
 import time
@@ -197,7 +198,7 @@ def timed(step, device='cpu', *args):
     return (time.perf_counter()-wall)*1000, (time.process_time()-cpu)*1000
 
 
-def measure(steps, rounds, device='cpu', warm=2, args=()):
+def measure(steps, rounds, device='cpu', warm=1, args=()):
     "Times of every variant in every round; `args` are the arguments of the rounds' steps."
     names,times = list(steps),{name:[] for name in steps}
     for i in range(warm+rounds):
@@ -224,9 +225,9 @@ def summary(times, base='plain'):
     return rows
 
 
-def in_fresh_process(script, *args):
+def in_fresh_process(script, *args, **environment):
     "Run a script on its own and return the last line that it prints."
-    done = subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode: raise RuntimeError(f"{Path(script).name} {' '.join(map(str, args))} failed:\n{done.stderr[-2000:]}")
     return done.stdout.strip().splitlines()[-1]
 

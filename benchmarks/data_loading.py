@@ -71,7 +71,7 @@ def main(
             torch.set_num_threads(threads)
             x,y = make_batch(bs, size, classes, device, True)
             steps = {'dropclass':build_step('dropclass', make_base(arch, classes, device, True), classes, x, y)}
-            step = median(o[0] for o in measure(steps, 5, device, warm=1)['dropclass'])/1000
+            step = median(o[0] for o in measure(steps, 5, device)['dropclass'])/1000
             low,mid,high = spread([bs/o for o in seconds], 1)
             rows.append(setting(arch, size, bs, classes, rounds, threads, device) | dict(data=name, loaded_per_s_low=low, loaded_per_s=mid, loaded_per_s_high=high,
                 trained_per_s=round(bs/step, 1), loading_share=round(median(seconds)/(median(seconds)+step), 3)))

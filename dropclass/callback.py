@@ -8,6 +8,7 @@ __all__ = ['DropClassCallback', 'class_names', 'extend_optimizer']
 # %% ../nbs/30_callback.ipynb #d02fc619
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import patch, store_attr
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -22,6 +23,7 @@ from .features import cycled_class, dropped_class, sample_keep_mask
 from .fused import find_resize, fuses, resize_dropclass_loss
 from .head import add_dropclass, get_head, main_output, split_paths
 from .losses import check_void, choose_paths, drop_path_losses, get_ignore_index, total_loss
+from .ranks import num_ranks, pixel_shares, shared_weights, sum_over_ranks
 from .schedules import as_schedule, global_step, schedule_value
 
 # %% ../nbs/30_callback.ipynb #69e50bc2
@@ -182,7 +184,7 @@ def sample_mask(self:DropClassCallback,
     if self.draw=='cycle': labels = [cycled_class(labels, self.seed, step)]
     if self.draw=='present':
         found = self.yb[0][self.yb[0]<C].long()
-        weights = torch.bincount(found.flatten(), minlength=C)[:C].clamp(max=1).cpu()
+        weights = sum_over_ranks(torch.bincount(found.flatten(), minlength=C)[:C]).clamp(max=1).cpu() # In anyone's part of the batch
     return sample_keep_mask(C, drop_prob, generator, labels, weights)
 
 @patch
@@ -286,6 +288,17 @@ def small_route(self:DropClassCallback) -> dict|None: # Options of the fused los
     self.route = f'stacked: {route}' if isinstance(route, str) else f"fused: bilinear resize, align_corners={route['align_corners']}"
     return None if isinstance(route, str) else route
 
+# %% ../nbs/30_callback.ipynb #00c6e971
+@patch
+def weigh_ranks(self:DropClassCallback) -> tuple: # lambda and alpha for this rank's losses
+    "Weigh this rank's losses by the pixels behind them, and keep the factor for the total."
+    _,lam,alpha = self.step_paths
+    among = isinstance(self.learn.model, DistributedDataParallel)
+    shares = pixel_shares(self.yb[0], self.loss_func, self.now['dropped_class'], self.normalize) if among else (1.,1.)
+    factor,lam,alpha = shared_weights(lam, alpha, *shares)
+    self.factors = (*shares, 1., factor) # Of the plain, the masked, the suppression and the total loss
+    return lam,alpha
+
 # %% ../nbs/30_callback.ipynb #575f2488
 @patch
 def take_small(self:DropClassCallback):
@@ -300,9 +313,8 @@ def take_small(self:DropClassCallback):
 def small_losses(self:DropClassCallback) -> tuple: # Total loss and its parts plain, masked, suppression
     "Put prediction and target back, and compute the total loss from the small logits."
     self.learn.pred,self.learn.yb = self.small_logits,self.full_yb
-    path,lam,alpha = self.step_paths
-    z = None if path=='plain' else self.now['dropped_class']
-    total,parts = resize_dropclass_loss(self.plain_logits, self.drop_logits, self.yb[0], z, lam, alpha, **self.small)
+    z = None if self.step_paths.path=='plain' else self.now['dropped_class']
+    total,parts = resize_dropclass_loss(self.plain_logits, self.drop_logits, self.yb[0], z, *self.weigh_ranks(), **self.small)
     self.small_logits = self.plain_logits = self.full_yb = None
     return (total,*parts)
 
@@ -310,8 +322,9 @@ def small_losses(self:DropClassCallback) -> tuple: # Total loss and its parts pl
 @patch
 def stacked_losses(self:DropClassCallback) -> tuple: # Total loss and its parts plain, masked, suppression
     "Blend the loss that fastai has computed with those of the drop path."
-    (path,lam,alpha),target,plain = self.step_paths,self.yb[0],self.learn.loss_grad
+    path,target,plain = self.step_paths.path,self.yb[0],self.learn.loss_grad
     if not torch.isfinite(plain) and not self.has_labels: plain = 0*self.pred.float().sum()
+    lam,alpha = self.weigh_ranks()
     missing = plain.new_full((), float('nan'))
     if path=='plain': return total_loss(plain, None, None, lam, alpha),plain,missing,missing
     masked,suppression = drop_path_losses(self.drop_logits, target, self.keep_mask, self.loss_func, self.normalize)
@@ -322,8 +335,9 @@ def after_loss(self:DropClassCallback):
     "Blend the plain loss with the masked and the suppressing one, Eq. (9)."
     if self.evaluating or not self.training: return
     total,plain,masked,suppression = self.stacked_losses() if self.small is None else self.small_losses()
-    self.learn.loss_grad,self.learn.loss = total,total.clone()
-    parts = torch.stack([o.detach().float() for o in (plain, masked, suppression, total)])
+    self.learn.loss_grad = self.factors[-1]*total
+    self.learn.loss = self.learn.loss_grad.clone()
+    parts = torch.stack([w*o.detach().float() for w,o in zip(self.factors, (plain, masked, suppression, total))])
     self.rows.append({**self.now, 'parts':parts.cpu()})
     self.drop_logits = None
 
@@ -337,7 +351,7 @@ def add_columns(self:DropClassCallback):
     part = lambda i: lambda: self.epoch_parts()[i]
     columns = [ValueMetric(part(i), f'{o}_loss') for i,o in enumerate(_PARTS)]
     if self.both_paths:
-        valid = lambda i: lambda: self.valid_sums[i]/max(self.valid_sums[2], 1)
+        valid = lambda i: lambda: self.valid_losses()[i]
         columns += [ValueMetric(valid(0), 'valid_plain_loss'), ValueMetric(valid(1), 'valid_drop_loss')]
     columns.append(ValueMetric(self.drop_share, 'drop_share'))
     for o in columns: o.of_dropclass = True
@@ -352,7 +366,13 @@ def remove_columns(self:DropClassCallback):
 def epoch_parts(self:DropClassCallback) -> list: # Means of plain, masked, suppression and total loss over the epoch
     "Average the parts of the loss over the epoch's steps."
     parts = [row['parts'] for row in self.rows if row['epoch']==self.epoch]
-    return torch.stack(parts).nanmean(0).tolist() if parts else [float('nan')]*4
+    return (sum_over_ranks(torch.stack(parts).nanmean(0))/num_ranks()).tolist() if parts else [float('nan')]*4
+
+@patch
+def valid_losses(self:DropClassCallback) -> list: # Validation loss of the plain and of the drop path
+    "Average the validation losses over all batches, of all ranks."
+    *losses,batches = sum_over_ranks(torch.tensor(self.valid_sums, dtype=torch.float64)).tolist()
+    return [o/batches if batches else float('nan') for o in losses]
 
 @patch
 def drop_share(self:DropClassCallback) -> float: # 0 plain path, 1 drop path, 0.5 their mean

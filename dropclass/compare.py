@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'RunFiles', 'read_run', 'run_labels', 'pick_path', 'check_comparable', 'comparison',
            'describe_comparison', 'format_comparison', 'show_comparison', 'plot_comparison', 'save_comparison',
+           'group_arms', 'paired_difference', 'compare_arms', 'describe_arms', 'format_arms', 'plot_arms',
            'find_images', 'predict_mask', 'predict_images']
 
 # %% ../nbs/71_compare.ipynb #202b62b9
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -43,16 +45,25 @@ def read_run(
     return RunFiles(folder, config, metrics, _read_json(folder/'confusion.json', "it is incomplete; train the run again"))
 
 # %% ../nbs/71_compare.ipynb #12aa5fad
+_USUAL = {'weights':'none', 'loss':'ce', 'resample':{}, 'sampling':'uniform', 'dropclass':{}} # Not worth a word in a name
+
+def _setting(config, k):
+    "One setting as a part of a name, with a blank before it; nothing if it is the usual one."
+    value = config.get(k, _USUAL.get(k))
+    if value==_USUAL.get(k, ...): return ''
+    if isinstance(value, dict): return ''.join(f' {a} x{b}' if k=='resample' else f' {a}={b}' for a,b in value.items())
+    return f' {k}={value}'
+
 def run_labels(
     runs, # Several `RunFiles`
 ) -> list: # One short name per run, all different
     "Name runs by what sets them apart."
     configs = [o.config for o in runs]
     labels = [str(o.get('method', 'run')) for o in configs]
-    shown = lambda v: json.dumps(v, sort_keys=True, default=str)
-    for k in ('weights','arch','seed','epochs','lr','size','bs'):
+    for k in ('weights','loss','resample','sampling','arch','dropclass','seed','epochs','lr','size','bs'):
         if len(set(labels))==len(labels): return labels
-        if len({shown(o.get(k)) for o in configs})>1: labels = [f"{l} {k}={o.get(k)}" for l,o in zip(labels, configs)]
+        parts = [_setting(o, k) for o in configs]
+        if len(set(parts))>1: labels = [l+p for l,p in zip(labels, parts)]
     if len(set(labels))==len(labels): return labels
     names = [o.folder.name for o in runs]
     return names if len(set(names))==len(names) else [chr(65+i) for i in range(len(runs))]
@@ -171,8 +182,15 @@ def show_comparison(
     runs, # Run folders or `Run` objects; differences are to the first
     test:str='valid', # Test set
     path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts
-) -> pd.DataFrame: # What `comparison` gives
-    "Print a comparison, and in words what two runs show."
+    by_run:bool=False, # A column for every run, also where several differ only in the seed?
+) -> pd.DataFrame: # What `comparison` gives; `compare_arms` where more than two runs hold one setting with several seeds
+    "Print a comparison, and in words what it shows."
+    runs = [runs] if isinstance(runs, (str,Path)) or hasattr(runs, 'folder') else list(runs)
+    if not by_run and len(runs)>2 and len(group_arms([read_run(o) for o in runs]))<len(runs):
+        df = compare_arms(runs, test, path)
+        print(format_arms(df))
+        if (text := describe_arms(df)): print('\n'+text)
+        return df
     df = comparison(runs, test, path)
     print(format_comparison(df))
     if len(df.attrs['labels'])==2: print('\n'+describe_comparison(df))
@@ -238,7 +256,7 @@ def plot_comparison(
 
 # %% ../nbs/71_compare.ipynb #26df855f
 def save_comparison(
-    df:pd.DataFrame, # What `comparison` gave
+    df:pd.DataFrame, # What `comparison` or `compare_arms` gave
     file:str|Path, # Where to: '.csv' or '.md' for the table, '.png', '.svg' or '.pdf' for the picture
 ) -> Path: # The file
     "Write a comparison to a file."
@@ -248,9 +266,154 @@ def save_comparison(
     kind = check_choice(file.suffix.lower(), ['.csv','.md','.png','.svg','.pdf'], f"the ending of {file.name}")
     with writing(file) as temp:
         if kind=='.csv': df.to_csv(temp)
-        elif kind=='.md': temp.write_text(f"```\n{format_comparison(df)}\n```\n", encoding='utf-8')
-        else: plot_comparison(df).savefig(temp, format=kind[1:], dpi=150)
+        elif kind=='.md': temp.write_text(f"```\n{(format_arms if df.index.nlevels>1 else format_comparison)(df)}\n```\n", encoding='utf-8')
+        else: (plot_arms if df.index.nlevels>1 else plot_comparison)(df).savefig(temp, format=kind[1:], dpi=150)
     return file
+
+# %% ../nbs/71_compare.ipynb #0c1fd57e
+_NO_ARM = ('seed','path','hash','versions','format','threads','num_workers') # What may differ within an arm
+_LATER = dict(loss='ce', loss_options={}, resample={}, sampling='uniform', temperature=.01, sync_bn=True, processes=1) # What runs of older versions did not write
+
+def group_arms(
+    runs, # Several `RunFiles`
+) -> list: # Per arm a dict of seed -> `RunFiles`, in the order of the runs
+    "Take runs together that differ only in the seed."
+    arms = {}
+    for run in runs:
+        key = json.dumps({k:v for k,v in {**_LATER, **run.config}.items() if k not in _NO_ARM}, sort_keys=True)
+        arm,seed = arms.setdefault(key, {}),run.config.get('seed')
+        if seed in arm: raise ValueError(f"{arm[seed].folder} and {run.folder} have the same settings and seed {seed}: give one of them")
+        arm[seed] = run
+    return list(arms.values())
+
+# %% ../nbs/71_compare.ipynb #4a75ecfb
+def paired_difference(
+    scores:pd.DataFrame, # A row per class, a column per seed
+    first:pd.DataFrame, # The same of the arm that is compared with
+    level:float=.95, # Share of such intervals that hold the true difference
+) -> pd.DataFrame: # Mean difference over common seeds, both ends of its interval (NaN for fewer than two), and the number of pairs
+    "Compare two arms seed by seed."
+    from scipy.stats import t
+    common = [o for o in scores if o in first]
+    d = scores[common]-first[common]
+    n = d.count(axis=1)
+    reach = [t.ppf((1+level)/2, k-1)*s/math.sqrt(k) if k>1 else math.nan for k,s in zip(n, d.std(axis=1))]
+    return pd.DataFrame(dict(difference=d.mean(axis=1), low=d.mean(axis=1)-reach, high=d.mean(axis=1)+reach, pairs=n))
+
+# %% ../nbs/71_compare.ipynb #ebea3bfd
+def compare_arms(
+    runs, # Run folders (or `Run` objects); differences are to the arm of the first
+    test:str='valid', # Test set: 'valid', and 'unbiased' where the data set has one
+    path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts, per run
+    level:float=.95, # Of the intervals
+) -> pd.DataFrame: # A row per arm and class, the rarest first, then both means; IoU in percent
+    "Compare settings, each over its seeds."
+    runs = [read_run(o) for o in runs]
+    if not runs: raise ValueError("There is nothing to compare: give at least one run")
+    check_comparable(runs, test)
+    arms = group_arms(runs)
+    labels = run_labels([o._replace(config={**o.config, 'seed':None}) for o in (next(iter(arm.values())) for arm in arms)])
+    rows,order = _class_rows(runs[0].metrics)
+    scores = [pd.DataFrame({seed:_scores(o, test, path, order) for seed,o in sorted(arm.items())}, index=rows.index) for arm in arms]
+    parts = []
+    for s in scores:
+        part = rows.assign(mean=s.mean(axis=1), std=s.std(axis=1), seeds=s.count(axis=1))
+        parts.append(part if s is scores[0] else part.join(paired_difference(s, scores[0], level)))
+    df = pd.concat(parts, keys=labels, names=['arm','class'])
+    df.attrs = dict(test=test, labels=labels, level=level, seeds={l:list(s) for l,s in zip(labels, scores)}, paths=[pick_path(next(iter(o.values())), test, path) for o in arms],
+                    folders={l:[str(o.folder) for o in arm.values()] for l,arm in zip(labels, arms)})
+    return df
+
+def _scores(run, test, path, order):
+    "The IoU of a run in percent: classes in order, then both means."
+    scores = run.metrics['tests'][test][pick_path(run, test, path)]
+    return [math.nan if o is None else 100*o for o in [*(scores['class_iou'][i] for i in order), scores['miou'], scores['rare_miou']]]
+
+# %% ../nbs/71_compare.ipynb #1a5be545
+def describe_arms(
+    df:pd.DataFrame, # What `compare_arms` gave
+) -> str: # A sentence or two per arm; none for a single arm
+    "Say in words what each arm gains over the first."
+    first,*others = df.attrs['labels']
+    seeds,lines = df.attrs['seeds'],[]
+    for label in others:
+        mean,rare = (df.loc[(label, o)] for o in ('mIoU','rare mIoU'))
+        n = int(mean.pairs)
+        if not n: lines.append(f"{label} and {first} have no seed in common, so they are not compared: train them with the same seeds."); continue
+        text = f"{label} has {mean.difference:+.1f} points of mIoU and {rare.difference:+.1f} on the rare classes against {first}, over {n} common seed{'s' if n>1 else ''}"
+        if n<2: lines.append(text+"; one pair says nothing about chance."); continue
+        sure = [name for name,o in (('mIoU',mean), ('the rare classes',rare)) if o.low>0 or o.high<0]
+        lines.append(text+(f"; the interval leaves out 0 for {' and '.join(sure)}." if sure else "; both intervals hold 0, so these seeds do not tell the two apart."))
+    alone = [f"{o} of {label}" for label in df.attrs['labels'] for o in seeds[label] if others and not any(o in seeds[k] for k in (others if label==first else [first]))]
+    if alone: lines.append(f"Without a partner, and only in the means: seed {', '.join(alone)}.")
+    return '\n'.join(lines)
+
+# %% ../nbs/71_compare.ipynb #0d111e75
+def _difference_text(row):
+    "A difference with its interval, where there is one."
+    if not row.get('pairs', 0)>0: return ''
+    if row.low!=row.low: return f'{row.difference:+.1f}'
+    return f"{row.difference:+.1f}{_star(row)} [{row.low:+.1f}, {row.high:+.1f}]"
+
+def _star(row): return '*' if row.low>0 or row.high<0 else ' '
+
+def _table(rows):
+    "Rows of text in columns: the first one to the left, the others to the right."
+    widths = [max(len(row[i]) for row in rows)+2 for i in range(len(rows[0]))]
+    lines = [''.join(f'{o:<{w}}' if i==0 else f'{o:>{w}}' for i,(o,w) in enumerate(zip(row, widths))).rstrip() for row in rows]
+    return [lines[0], '-'*sum(widths), *lines[1:]]
+
+def _spread(row): return f'{row["mean"]:.1f}'+(f' ±{row["std"]:.1f}' if row['std']==row['std'] else '') if row['mean']==row['mean'] else '-'
+
+def format_arms(
+    df:pd.DataFrame, # What `compare_arms` gave
+) -> str: # Lines of text
+    "Lay a comparison of arms out as plain text."
+    labels,attrs = df.attrs['labels'],df.attrs
+    lines = [f"Test set {attrs['test']!r}, IoU in %, mean ± standard deviation over seeds"]
+    if len(labels)>1: lines.append(f"Differences to {labels[0]} over common seeds, with {100*attrs['level']:.0f} % t-intervals; * leaves out 0")
+    rows = [['arm','path','seeds','mIoU','difference','rare mIoU','difference']]
+    for label,path in zip(labels, attrs['paths']):
+        mean,rare = (df.loc[(label, o)] for o in ('mIoU','rare mIoU'))
+        rows.append([label, path, ','.join(map(str, attrs['seeds'][label])), _spread(mean), _difference_text(mean), _spread(rare), _difference_text(rare)])
+    lines += ['', *_table([[*r[:4], *r[4:][:1]*(len(labels)>1), r[5], *r[6:]*(len(labels)>1)] for r in rows]), '']
+    rows = [['class','pixels %',labels[0],*labels[1:]]]
+    for name in df.loc[labels[0]].index[:-2]:
+        first,*others = (df.loc[(l, name)] for l in labels)
+        rows.append([name+(' †' if first.rare else ''), f'{first.pixels:.2f}', _spread(first), *(f"{o.difference:+.1f}{_star(o)}" if o.pairs>0 else '-' for o in others)])
+    return '\n'.join([*lines, *_table(rows), '', f"† the {int(df.loc[labels[0]].rare[:-2].sum())} classes with the fewest pixels" + (f"; columns after {labels[0]} are differences to it" if len(labels)>1 else '')])
+
+# %% ../nbs/71_compare.ipynb #82b4007e
+def plot_arms(
+    runs, # Run folders or `Run` objects, or the table that `compare_arms` gave
+    test:str='valid', # Test set
+    path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts
+    width:float=8, # Width in inches; the height follows from the number of classes
+): # Matplotlib figure
+    "Draw the IoU of every arm, and the differences to the first with their intervals."
+    from matplotlib.figure import Figure
+    df = runs if isinstance(runs, pd.DataFrame) else compare_arms(runs, test, path)
+    labels,first = df.attrs['labels'],df.loc[df.attrs['labels'][0]]
+    many,n,rows = len(labels)>1,len(labels),range(len(first))
+    fig = Figure(figsize=(width, .9+len(first)*(.16+.09*n)), layout='constrained')
+    axs = fig.subplots(1, 2 if many else 1, sharey=True, squeeze=False)[0]
+    for k,label in enumerate(labels):
+        part,style = df.loc[label],dict(fmt='o', ms=3.5, lw=1, color=RUN_COLORS[k%len(RUN_COLORS)] if k else '#777', label=f"{label} ({len(df.attrs['seeds'][label])})")
+        at = [i+.7/n*(k-(n-1)/2) for i in rows]
+        axs[0].errorbar(part['mean'], at, xerr=part['std'].fillna(0), **style)
+        if k: axs[1].errorbar(part.difference, at, xerr=(part.high-part.low).fillna(0)/2, **style)
+    names = [f"{name}{' †' if row.rare else ''}" + ('' if name in first.index[-2:] else f"   {row.pixels:.2f} %") for name,row in first.iterrows()]
+    axs[0].set_yticks(rows, names, fontsize=8)
+    axs[0].set(ylim=(len(first)-.4, -.6))
+    axs[0].set_title(f"IoU in %, test set '{df.attrs['test']}'", fontsize=9)
+    if many: axs[1].set_title(f"difference to {labels[0]}, points", fontsize=9); axs[1].axvline(0, color='#444', lw=.8)
+    fig.legend(*axs[0].get_legend_handles_labels(), fontsize=7, frameon=False, ncols=3, loc='outside lower left')
+    for ax in axs:
+        ax.axhspan(-.5, first.rare[:-2].sum()-.5, color='#f4f0e6', zorder=-1, lw=0)
+        ax.axhline(len(first)-2.5, color='#888', lw=.8)
+        ax.tick_params(axis='y', length=0); ax.tick_params(axis='x', labelsize=7)
+        for side in ('top','right','left'): ax.spines[side].set_visible(False)
+    return fig
 
 # %% ../nbs/71_compare.ipynb #5251b99c
 IMAGE_ENDINGS = ('.jpg','.jpeg','.png','.bmp','.tif','.tiff','.webp') # What is taken from a folder
@@ -364,10 +527,8 @@ def predict_images(
 def _trained_size(config):
     "The size that a run's images had; None where they kept their own."
     import inspect
-    from dropclass import data_camvid, data_scenes
-    build = {'camvid':data_camvid.camvid_dls, 'scenes':data_scenes.scenes_dls}.get(config.data)
-    default = inspect.signature(build).parameters['size'].default if build else None
-    return config.size or config.data_options.get('size', default)
+    from dropclass.experiment import data_function
+    return config.size or config.data_options.get('size', inspect.signature(data_function(config.data)).parameters['size'].default)
 
 def _network(model, spec, size, path):
     "The network in evaluation mode, its classes, and the size it is shown."

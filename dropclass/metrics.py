@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['predicted_labels', 'confusion_matrix', 'class_iou', 'absent_classes', 'mean_iou', 'pixel_accuracy', 'rare_classes',
-           'evaluate', 'per_class_table', 'ConfusionCounts', 'sum_over_ranks', 'own_rows', 'CountsMetric', 'MeanIoU',
-           'PixelAccuracy', 'RareMeanIoU', 'ClassIoU', 'segmentation_metrics']
+           'own_rows', 'evaluate', 'per_class_table', 'ConfusionCounts', 'CountsMetric', 'MeanIoU', 'PixelAccuracy',
+           'RareMeanIoU', 'ClassIoU', 'segmentation_metrics']
 
 # %% ../nbs/50_metrics.ipynb #40e4bcc7
 import pandas as pd
@@ -13,6 +13,7 @@ import torch
 from torch import nn, Tensor
 from fastai.learner import Metric
 from .core import check_choice, check_num_classes, check_target, ClassSpec, eval_mode, VOID
+from .ranks import sum_over_ranks
 
 # %% ../nbs/50_metrics.ipynb #b7f7012b
 def predicted_labels(
@@ -88,10 +89,20 @@ def rare_classes(
         raise ValueError(f"`pixel_counts` must be one number of at least 0 per class, got {counts.tolist()}: count the training masks, not a batch")
     return counts.argsort(stable=True)[:len(counts)//2].tolist()
 
+# %% ../nbs/50_metrics.ipynb #27f42c0e
+def own_rows(
+    dl, # The DataLoader that gave the batch
+    n:int, # Images in the batch, N
+) -> int: # How many of them, from the first on, are no repetition
+    "Count the images of a batch that a distributed DataLoader did not add as padding."
+    if not all(hasattr(dl, k) for k in ('rank','world_size','n','n_padded','i')): return n
+    first = dl.rank*dl.n_padded//dl.world_size + dl.i-n # Position of the batch's first image in the data set
+    return max(0, min(n, dl.n-first))
+
 # %% ../nbs/50_metrics.ipynb #800d1ee5
 def evaluate(
     model:nn.Module, # Network from images (N,3,H,W) to logits (N,C,H,W)
-    dl, # Batches of (images, labels), or anything with images first and labels last
+    dl, # Batches of (images, labels), or anything with images first and labels last; all processes together if it splits over them
     num_classes:int, # Number of classes, C
     ignore_index:int=VOID, # The void label
 ) -> Tensor: # Pixel counts (C,C) of the whole data set, int64, on the CPU
@@ -99,8 +110,10 @@ def evaluate(
     where = next(model.parameters(), torch.empty(0)).device
     total = torch.zeros(num_classes, num_classes, dtype=torch.long, device=where)
     with torch.no_grad(), eval_mode(model):
-        for batch in dl: total += confusion_matrix(model(batch[0].to(where)), batch[-1].to(where), num_classes, ignore_index)
-    return total.cpu()
+        for batch in dl:
+            rows = own_rows(dl, len(batch[0])) # Without the images that only fill up the last batch
+            if rows: total += confusion_matrix(model(batch[0][:rows].to(where)), batch[-1][:rows].to(where), num_classes, ignore_index)
+    return (sum_over_ranks(total) if hasattr(dl, 'world_size') else total).cpu()
 
 # %% ../nbs/50_metrics.ipynb #55287214
 def per_class_table(
@@ -151,26 +164,6 @@ class ConfusionCounts:
 
     def _local(self): return torch.zeros(self.num_classes, self.num_classes, dtype=torch.long) if self.matrix is None else self.matrix
     def __getstate__(self): return {**self.__dict__, 'matrix':None, 'batches':0, '_sum':None}
-
-def sum_over_ranks(
-    counts:Tensor, # This process's counts
-) -> Tensor: # The sum over all processes; without any, the counts
-    "Add up counts over the processes of a distributed run."
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()): return counts
-    counts = counts.clone().to('cuda' if dist.get_backend()=='nccl' else counts.device)
-    dist.all_reduce(counts)
-    return counts
-
-# %% ../nbs/50_metrics.ipynb #27f42c0e
-def own_rows(
-    dl, # The DataLoader that gave the batch
-    n:int, # Images in the batch, N
-) -> int: # How many of them, from the first on, are no repetition
-    "Count the images of a batch that a distributed DataLoader did not add as padding."
-    if not all(hasattr(dl, k) for k in ('rank','world_size','n','n_padded','i')): return n
-    first = dl.rank*dl.n_padded//dl.world_size + dl.i-n # Position of the batch's first image in the data set
-    return max(0, min(n, dl.n-first))
 
 # %% ../nbs/50_metrics.ipynb #8bd70f7a
 class CountsMetric(Metric):

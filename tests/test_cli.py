@@ -105,6 +105,41 @@ def test_compare_prints_and_saves(runs, start, command, tmp_path):
     assert command('compare', folder/'plain', '--save', tmp_path/'one.png')[0]==0 and Image.open(tmp_path/'one.png').format=='PNG'
 
 
+def test_seeds_are_taken_together(command, tmp_path):
+    for seed in (0, 1, 2):
+        for method in ('plain', 'ignore_label'):
+            code,_,err = command('train', 'scenes', '--method', method, '--epochs', 1, '--seed', seed, '--out', tmp_path/f'{method}-{seed}', *TINY)
+            assert code==0, err
+    folders = sorted(tmp_path.iterdir(), key=lambda o: o.name, reverse=True) # Plain first
+    code,out,err = command('compare', *folders, '--save', tmp_path/'arms.csv')
+    assert code==0 and '95 % t-intervals' in out and 'ignore_label has ' in out and 'over 3 common seeds' in out, err
+    assert sum('0,1,2' in o for o in out.splitlines())==2
+    table = np.genfromtxt(tmp_path/'arms.csv', delimiter=',', names=True, dtype=None, encoding='utf-8')
+    row = next(o for o in table if o['arm']=='ignore_label' and o['class']=='mIoU')
+    read = lambda o: 100*json.loads((o/'metrics.json').read_text())['tests']['valid']['plain']['miou']
+    steps = [read(tmp_path/f'ignore_label-{s}')-read(tmp_path/f'plain-{s}') for s in (0, 1, 2)]
+    assert abs(row['difference']-np.mean(steps))<1e-9 and row['low']<row['difference']<row['high'] and row['pairs']==3
+    code,out,_ = command('compare', *folders, '--by-run')
+    assert code==0 and 'plain seed=2' in out and 't-intervals' not in out
+
+
+def test_recipes_are_printed_in_full_and_can_be_changed(start, command, tmp_path):
+    from dataclasses import fields
+    from dropclass.experiment import RECIPES, Config
+    code,out,err = finish(start('train', '--list-recipes'))
+    assert (code, err)==(0, '') and [o.split()[1] for o in out.splitlines() if o.startswith('Recipe')]==list(RECIPES)
+    for o in fields(Config): assert out.count(f'\n{o.name} ')==len(RECIPES)
+    assert '[512, 1024]' in out and '[0.5, 2.1]' in out and '968' in out
+    code,out,err = command('train', 'scenes', '--recipe', 'cityscapes_hrnet_v2', '--arch', 'small', '--weights', 'none', '--no-pretrained', '--num-workers', 0, '--epochs', 1, '--bs', 4,
+        '--size', '32x64', '--threads', 1, '--data-options', 'crop=(16,32),n_train=8,n_valid=4', '--no-suppression', '--no-sync-bn', '--out', tmp_path/'run')
+    assert code==0 and out.startswith('Recipe cityscapes_hrnet_v2'), err
+    config = json.loads((tmp_path/'run'/'config.json').read_text())
+    assert config['lr']==.004 and config['data_options']['scale']==[.5,2.1] and config['data_options']['crop']==[16,32]
+    assert config['dropclass']=={'per_epoch':True, 'average':'kept', 'scale':'raw', 'predict':'drop', 'alpha':0.} and config['sync_bn'] is False
+    code,out,_ = command('train', '--resume', '--out', tmp_path/'run') # Finished: shown again
+    assert code==0 and 'Recipe' not in out
+
+
 def test_a_broken_pipe_is_no_error(runs, start):
     job = start('compare', runs[0]/'plain', runs[0]/'dropclass')
     job.stdout.close()
@@ -147,6 +182,15 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('train', ['scenes', '--arch', 'smal', '--out', 'NEW', *TINY], "did you mean 'small'"),
     ('train', ['scenes', '--dropclass', 'alfa=3', '--out', 'NEW', *TINY], "did you mean 'alpha'"),
     ('train', ['scenes', '--epochs', '0'], '`epochs` must be more than 0'),
+    ('train', ['scenes', '--loss', 'foca', '--out', 'NEW'], "did you mean 'focal'"),
+    ('train', ['scenes', '--loss', 'focal', '--loss-options', 'gama=2', '--out', 'NEW', *TINY], "must be one of 'gamma', 'alpha', got 'gama'"),
+    ('train', ['scenes', '--weights', 'hrnet', '--out', 'NEW', *TINY], 'published for the 19 classes of Cityscapes'),
+    ('train', ['scenes', '--resample', 'car', '--out', 'NEW'], "'motorcycle=2' say"),
+    ('train', ['scenes', '--resample', 'cars=2', '--out', 'NEW', *TINY], "did you mean 'car'"),
+    ('train', ['scenes', '--resample', 'car=2', '--sampling', 'rare_class', '--out', 'NEW'], 'use one of the two'),
+    ('train', ['scenes', '--no-suppression', '--dropclass', 'alpha=5', '--out', 'NEW'], 'leave out one of them'),
+    ('train', ['scenes', '--method', 'plain', '--no-suppression', '--out', 'NEW', *TINY], "has no options, got alpha"),
+    ('train', ['--recipe', 'cityscapes_hrnet', '--out', 'NEW'], "'cityscapes_hrnet_v1', 'cityscapes_hrnet_v2', 'cityscapes_deeplabv3'"),
     ('train', ['camvid', '--path', 'NOWHERE', '--out', 'NEW'], 'NOWHERE'),
     ('train', ['folder', '--path', 'NOWHERE', '--out', 'NEW'], 'There is no folder NOWHERE'),
     ('train', ['scenes', '--out', 'RUNS/plain', *TINY], 'holds another run'),

@@ -4,14 +4,16 @@ import random
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
+import types
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from dropclass.experiment import Config, RunRecorder, load_run, random_states, set_random_states, train_run
+from dropclass.experiment import Config, RunRecorder, config_hash, load_run, make_data, random_states, read_config, set_random_states, train_run
 from fastai.callback.core import Callback
 
 TINY = Config(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=8, n_valid=4), threads=1)
@@ -31,7 +33,8 @@ def weights(folder): return load_file(folder/'weights.safetensors')
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize('change', [dict(num_workers=2), dict(method='plain', optimizer='adamw', schedule='onecycle'), dict(weights='median', dropclass=dict(lam='hold:0.5'))])
+@pytest.mark.parametrize('change', [dict(num_workers=2), dict(method='plain', optimizer='adamw', schedule='onecycle'), dict(weights='median', dropclass=dict(lam='hold:0.5')),
+                                    dict(resample={'car':2}, num_workers=2, loss='ohem'), dict(method='ignore_label', sampling='rare_class', temperature=.05), dict(loss='dice_ce', sampling='rare_class')])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, change):
     config = replace(TINY, **change)
     train_run(config, tmp_path/'whole', progress=False, write=lambda o: None)
@@ -45,7 +48,6 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, change):
 
 @pytest.mark.parametrize('left_out', ['python', 'torch', 'loaders'])
 def test_every_random_state_is_needed(left_out):
-    from dropclass.experiment import make_data
     from fastai.torch_core import set_seed
     set_seed(0)
     dls = make_data(TINY)
@@ -117,3 +119,70 @@ def test_metrics_are_plain_json(tmp_path):
     listed = saved['tests']['unbiased']['plain']['class_iou']
     for a,b in zip(iou.tolist(), listed): assert b is None if a!=a else abs(a-b)<1e-9
     assert len(saved['rare'])==len(saved['classes'])//2
+
+
+RESULTS = sorted((Path(__file__).parents[1]/'results').glob('*/*/config.json'))
+
+
+@pytest.mark.parametrize('file', RESULTS, ids=lambda o: '-'.join(o.parts[-3:-1]))
+def test_stored_runs_still_load_with_their_hash(file):
+    run = load_run(file.parent)
+    assert config_hash(run.config)==json.loads(file.read_text())['hash']
+    assert run.confusion().sum()>0
+
+
+def test_every_later_setting_changes_the_hash_and_no_default_does():
+    changes = dict(loss='focal', loss_options={'gamma':1.}, resample={'car':2}, sampling='rare_class', temperature=.1, sync_bn=False)
+    base = Config()
+    saved = json.loads(RESULTS[0].read_text())
+    later = {o.name for o in fields(Config)}-set(saved)
+    assert later>=set(changes) # `changes` names settings that stored runs do not have
+    for name,value in changes.items():
+        changed = replace(base, loss='focal') if name=='loss_options' else base
+        assert config_hash(replace(changed, **{name:value}))!=config_hash(changed)
+        assert config_hash(replace(base, **{name:getattr(base, name)}))==config_hash(base)
+
+
+def test_a_folder_gives_back_the_configuration_it_was_given(tmp_path):
+    config = replace(TINY, epochs=1, resample={3:2}, data_options=dict(n_train=8, n_valid=4, crop=(16,16), scale=(.5,2.1)), dropclass=dict(never_drop=('car',)))
+    train_run(config, tmp_path/'run', progress=False, write=lambda o: None)
+    assert read_config(tmp_path/'run')==config
+    assert train_run(config, tmp_path/'run', resume=True).config==config # Finished: read, not trained
+
+
+@pytest.mark.parametrize('name', ['cityscapes', 'voc', 'ade20k'])
+def test_data_sets_are_imported_when_named(name, monkeypatch):
+    made = []
+    monkeypatch.setitem(sys.modules, f'dropclass.data_{name}', types.SimpleNamespace(**{f'{name}_dls': lambda path, **kwargs: made.append((path, kwargs))}))
+    make_data(Config(data=name, path='here', bs=3, size=(8,9), data_options=dict(crop=(4,5)), resample={'car':2}))
+    path,kwargs = made[0]
+    assert path=='here' and (kwargs['bs'], kwargs['size'], kwargs['crop'], kwargs['times'])==(3, (8,9), [4,5], {'car':2})
+    with pytest.raises(ValueError, match='needs `path`'): make_data(Config(data=name))
+
+
+@pytest.mark.parametrize('change', [dict(loss=o) for o in ('focal', 'dice_ce', 'lovasz', 'ohem')]+[dict(method='ignore_label')])
+def test_every_arm_learns(tmp_path, change):
+    "Each loss and method, after a few epochs, beats the network it began with."
+    config = replace(TINY, **{'method':'plain', **change}, epochs=12, optimizer='adamw', lr=3e-3)
+    run = train_run(config, tmp_path/'run', progress=False, write=lambda o: None)
+    assert run.history.train_loss.iloc[-1]<.95*run.history.train_loss.iloc[0]
+    assert run.predicts=='plain' and run.load_model() is not None
+
+
+def test_bfloat16_trains_on_a_cpu(tmp_path):
+    config = replace(TINY, precision='bf16', epochs=12, method='plain', optimizer='adamw', lr=3e-3)
+    run = train_run(config, tmp_path/'bf16', progress=False, write=lambda o: None)
+    assert run.history.train_loss.iloc[-1]<.9*run.history.train_loss.iloc[0]
+    assert {v.dtype for k,v in weights(run.folder).items() if 'num_batches' not in k}=={torch.float32}
+    exact = train_run(replace(config, precision='float32'), tmp_path/'exact', progress=False, write=lambda o: None)
+    assert not same(weights(run.folder), weights(exact.folder))
+    assert abs(run.history.train_loss-exact.history.train_loss).max()<.1
+
+
+def test_bfloat16_resumes_bit_for_bit(tmp_path):
+    config = replace(TINY, precision='bf16')
+    train_run(config, tmp_path/'whole', progress=False, write=lambda o: None)
+    with pytest.raises(KeyboardInterrupt): train_run(config, tmp_path/'cut', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
+    assert not torch.is_autocast_enabled('cpu') # The interruption left nothing behind
+    train_run(config, tmp_path/'cut', resume=True, progress=False, write=lambda o: None)
+    assert same(weights(tmp_path/'whole'), weights(tmp_path/'cut'))

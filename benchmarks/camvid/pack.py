@@ -1,0 +1,87 @@
+"""Put a plan into one folder that runs on a machine without a network: code, images as one archive, and wheels of what is missing there.
+
+    python benchmarks/camvid/pack.py packed --data FOLDER --wheels
+
+Copy the folder `packed` to the other machine, which needs Python, torch and torchvision, and start `sh packed/go.sh gpu --jobs 6` there. What comes back is packed/results.
+"""
+import argparse
+import io
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+THERE = re.compile(r'torch|torchvision|triton|nvidia-.*|cuda-.*') # What the other machine brings
+GO = """#!/bin/sh
+# Unpack, install what is missing, and make the runs of a plan: sh go.sh PLAN [options of benchmarks/camvid/run.py]
+set -e
+cd "$(dirname "$0")"
+[ -d camvid ] || tar xf camvid.tar
+[ ! -d wheels ] || python3 -m pip install --quiet --no-index --no-deps wheels/*.whl
+cd code
+exec python3 benchmarks/camvid/run.py "$@" --data ../camvid --runs ../runs --results ../results
+"""
+
+def pack_images(data, archive, quality):
+    "Write the lists, labels and images of a SegNet copy of CamVid as one tar file; quality 0 keeps the files as they are."
+    from PIL import Image
+    from dropclass.data_camvid import segnet_pairs
+    def add(name, content):
+        info = tarfile.TarInfo(f'camvid/{name}')
+        info.size = len(content)
+        tar.addfile(info, io.BytesIO(content))
+    with tarfile.open(archive, 'w') as tar:
+        for split in ('train','val'):
+            lines = []
+            for image,mask in segnet_pairs(data, split):
+                content,name = image.read_bytes(),f'{split}/{image.name}'
+                if quality:
+                    memory = io.BytesIO()
+                    Image.open(image).convert('RGB').save(memory, 'JPEG', quality=quality, subsampling=0)
+                    content,name = memory.getvalue(),f'{split}/{image.stem}.jpg'
+                add(name, content)
+                add(f'{split}annot/{mask.name}', mask.read_bytes())
+                lines.append(f'{name} {split}annot/{mask.name}\n')
+            add(f'{split}.txt', ''.join(lines).encode())
+
+def needed(names):
+    "Every installed distribution that these need, themselves included, without what the other machine has."
+    from packaging.requirements import Requirement
+    found,queue = {},list(names)
+    while queue:
+        name = re.sub(r'[-_.]+', '-', queue.pop()).lower()
+        if name in found or THERE.fullmatch(name): continue
+        try: dist = distribution(name)
+        except PackageNotFoundError: continue
+        found[name] = dist.version
+        queue += [r.name for r in map(Requirement, dist.requires or []) if r.marker is None or r.marker.evaluate({'extra':''})]
+    return found
+
+def pack(out, data, quality=95, wheels=False):
+    "Fill the folder `out`."
+    out.mkdir(parents=True) # Refuses a folder that is there
+    for o in ('dropclass','benchmarks'): shutil.copytree(ROOT/o, out/'code'/o, ignore=shutil.ignore_patterns('__pycache__'))
+    commit = subprocess.run(['git', '-C', ROOT, 'rev-parse', '--short=10', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    (out/'code'/'COMMIT').write_text(commit or 'unknown')
+    pack_images(data, out/'camvid.tar', quality)
+    (out/'go.sh').write_text(GO)
+    if wheels:
+        wanted = [f'{k}=={v}' for k,v in sorted(needed(['fastai','timm','safetensors','pandas','matplotlib','pillow']).items())]
+        subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary', ':all:', '--dest', out/'wheels', *wanted], check=True)
+    size = sum(o.stat().st_size for o in out.rglob('*') if o.is_file())/2**20
+    print(f"{out}: {size:.0f} MiB; there: sh {out.name}/go.sh gpu --jobs 6")
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('out', type=Path, help='folder to make')
+    parser.add_argument('--data', type=Path, required=True, help="SegNet's copy of CamVid")
+    parser.add_argument('--quality', type=int, default=95, help='JPEG quality of the images; 0 copies the files')
+    parser.add_argument('--wheels', action='store_true', help='add wheels of what dropclass needs beside torch and torchvision')
+    args = parser.parse_args()
+    pack(args.out, args.data, args.quality, args.wheels)
+
+if __name__=='__main__': main()

@@ -1,0 +1,222 @@
+"""Make all runs of a plan: skip the finished, resume the interrupted, several at once, one csv row for each.
+
+    python benchmarks/camvid/run.py cpu --data FOLDER            # the plan benchmarks/camvid/cpu.json
+    python benchmarks/camvid/run.py cpu --list                   # what is done and what is left
+    python benchmarks/camvid/run.py benchmarks/scenes/map.json   # another plan, on another data set
+
+A plan is a table of arms (settings of `dropclass.experiment.Config` on top of shared ones), and the order in which arms and seeds are run. Every finished run adds a row to
+results/camvid/PLAN.csv, and a folder of small files to results/camvid/PLAN/ARM-sSEED: configuration, learning curve, confusion matrices of all paths and, unless the plan says `"context": false`, counts with
+every class erased and the classifier's weights.
+
+A row names the commit and the hash of the code that training passes through. Rows of different code never share a table: where this code is not that of the rows, the script
+says which commit to check out. A run is always trained to its planned end; it is never lengthened.
+"""
+import argparse
+import ast
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+HERE,ROOT = Path(__file__).resolve().parent,Path(__file__).resolve().parents[2]
+MODULES = ('core','features','importance','losses','fused','schedules','head','models','callback','baselines','data_core','data_camvid','data_sampling','metrics','experiment')
+KEPT = ('config.json','history.csv','metrics.json','confusion.json','context.json','classifier.json')
+COLUMNS = ['plan','arm','seed','commit','code','config','finished','device','threads','torch','seconds','epochs','path','miou_plain','rare_plain','miou_drop','rare_drop','miou_mean','rare_mean','best_miou','still_rising','folder']
+
+
+# ---------------------------------------------------------------- plan and code
+
+def read_plan(name):
+    "A plan by its name or file, with its runs in order as (arm, seed)."
+    path = Path(name) if name.endswith('.json') else HERE/f'{name}.json'
+    if not path.is_file(): raise SystemExit(f"There is no plan {name!r}: choose {', '.join(sorted(o.stem for o in HERE.glob('*.json')))}, or give a .json file")
+    plan = json.loads(path.read_text())
+    plan['name'] = path.stem
+    pairs = [(arm, seed) for stage in plan['order'] for seed in stage['seeds'] for arm in stage['arms']]
+    unknown = sorted({arm for arm,_ in pairs}-set(plan['arms']))
+    if unknown: raise SystemExit(f"The order of {path} names {', '.join(unknown)}, which is no arm of it")
+    plan['runs'] = list(dict.fromkeys(pairs))
+    return plan
+
+def run_options(plan, arm, seed, data=None):
+    "The fields of `Config` of one run."
+    own = {k:v for k,v in plan['arms'][arm].items() if k!='title'}
+    options = {**plan['shared'], 'method':'plain', **own, 'seed':seed, 'path':data}
+    if options['method'] in ('dropclass','no_drop'): options['dropclass'] = {**plan.get('dropclass', {}), **own.get('dropclass', {})}
+    return options
+
+def code_hash(root=ROOT):
+    "Hash of the modules that training passes through, without comments and docstrings."
+    def bare(path):
+        tree = ast.parse(path.read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, 'body', None)
+            if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], 'value', None), ast.Constant): body[0].value.value = ''
+        return ast.unparse(tree)
+    found = [o for o in MODULES if (root/'dropclass'/f'{o}.py').is_file()]
+    return hashlib.sha256('\0'.join(f'{o}\n'+bare(root/'dropclass'/f'{o}.py') for o in found).encode()).hexdigest()[:12]
+
+def commit_of(root=ROOT):
+    "The commit that is checked out, or that was packed."
+    try: return subprocess.run(['git', '-C', root, 'rev-parse', '--short=10', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError): return (root/'COMMIT').read_text() if (root/'COMMIT').is_file() else 'unknown' # What pack.py noted
+
+
+# ---------------------------------------------------------------- rows
+
+def read_rows(table):
+    "The rows of a table, none if there is no table yet."
+    if not table.is_file(): return []
+    with open(table, newline='') as f: return list(csv.DictReader(f))
+
+def check_code(rows, code):
+    "Refuse to add rows of this code to rows of other code."
+    other = {o['commit'] for o in rows if o['code']!=code}
+    if other: raise SystemExit(f"The rows there were made by other code (commit {', '.join(sorted(other))}): check that commit out in a folder of its own "
+        f"(git worktree add ../frozen {sorted(other)[0]}) and run its script with --results pointing here, or start another table with --results")
+
+def add_row(table, row):
+    "Append a row; the file is whole at any time."
+    rows = [*read_rows(table), row]
+    table.parent.mkdir(parents=True, exist_ok=True)
+    temp = table.with_name(f'.{table.name}.part')
+    extra = dict.fromkeys(k for o in rows for k in o if k not in COLUMNS)
+    with open(temp, 'w', newline='') as f:
+        writer = csv.DictWriter(f, [*COLUMNS[:-1], *extra, COLUMNS[-1]], lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temp, table)
+
+def still_rising(history):
+    "Mean mIoU of the last fifth of the epochs minus that of the fifth before, in points; validation may be every few epochs."
+    seen = history[history.miou.notna()]
+    last = history.epoch.max()+1
+    mean = lambda a,b: seen.miou[(seen.epoch>=a*last)&(seen.epoch<b*last)].mean()
+    return round(100*(mean(.8, 1.01)-mean(.6, .8)), 2)
+
+def make_row(plan, arm, seed, folder, code, threads):
+    "The row of a finished run."
+    import pandas as pd, torch
+    config,metrics = (json.loads((folder/o).read_text()) for o in ('config.json','metrics.json'))
+    history = pd.read_csv(folder/'history.csv')
+    row = dict(plan=plan['name'], arm=arm, seed=seed, commit=commit_of(), code=code, config=config['hash'], finished=date.today().isoformat(), threads=threads,
+               device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', torch=torch.__version__, seconds=metrics['seconds'], epochs=metrics['epochs'],
+               path=metrics['predicts'], best_miou=round(100*history.miou.max(), 2), still_rising=still_rising(history), folder=f"{plan['name']}/{arm}-s{seed}")
+    for test,found in metrics['tests'].items():
+        prefix = '' if test=='valid' else f'{test}_'
+        for p,scores in found.items(): row |= {f'{prefix}miou_{p}':round(100*scores['miou'], 3), f'{prefix}rare_{p}':round(100*scores['rare_miou'], 3)}
+    return row
+
+
+# ---------------------------------------------------------------- one run, in a process of its own
+
+def train_one(plan, arm, seed, data, out):
+    "Train, or resume, one run, then measure how it leans on context."
+    import warnings
+    warnings.filterwarnings('ignore')
+    from dropclass.analysis_context import colocation
+    from dropclass.analysis_entanglement import classifier_weight
+    from dropclass.experiment import Config, make_data, train_run, write_json
+    config = Config(**run_options(plan, arm, seed, data))
+    resume = (out/'checkpoint.pt').is_file()
+    if not resume and out.is_dir(): shutil.rmtree(out)
+    run = train_run(config, out, resume, progress=False, write=lambda o: print(o, flush=True))
+    if plan.get('context', True):
+        model,dls = run.load_model(),make_data(config)
+        write_json(out/'classifier.json', classifier_weight(model, None, len(run.spec)).tolist())
+        colocation(model.to(dls.device), dls.valid, run.spec, label=f'{arm}, seed {seed}').save(out/'context.json')
+    (out/'done').touch()
+
+
+# ---------------------------------------------------------------- all runs
+
+def start(args, plan, arm, seed, out):
+    "Start one run in a process of its own; what it prints goes to a log."
+    threads,data = str(plan['shared'].get('threads') or 1),[] if args.data is None else ['--data', str(args.data)]
+    env = {**os.environ, 'OMP_NUM_THREADS':threads, 'MKL_NUM_THREADS':threads, 'PYTHONUNBUFFERED':'1', 'PYTHONPATH':os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix('.log'), 'a') as log:
+        return subprocess.Popen([sys.executable, __file__, args.plan, *data, '--one', arm, str(seed), str(out)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
+
+def keep(results, plan, arm, seed, folder, code):
+    "Copy a run's small files, then add its row."
+    target = results/plan['name']/f'{arm}-s{seed}'
+    target.mkdir(parents=True, exist_ok=True)
+    for o in KEPT:
+        if (folder/o).is_file(): shutil.copyfile(folder/o, target/o)
+    row = make_row(plan, arm, seed, folder, code, plan['shared'].get('threads'))
+    add_row(results/f"{plan['name']}.csv", row)
+    return row
+
+def run_all(args, plan):
+    "Work through the plan until it is done or the time is over."
+    table,code = args.results/f"{plan['name']}.csv",code_hash()
+    check_code(read_rows(table), code)
+    done = {(o['arm'], int(o['seed'])) for o in read_rows(table)}
+    todo = [o for o in plan['runs'] if o not in done and (not args.arms or o[0] in args.arms)]
+    end,running,failed = time.monotonic()+60*args.minutes if args.minutes else float('inf'),{},[]
+    print(f"{plan['title']}\n{len(done)} of {len(plan['runs'])} runs are done, {len(todo)} to do, {args.jobs} at once; code {code}", flush=True)
+    try:
+        while (todo or running) and time.monotonic()<end:
+            while todo and len(running)<args.jobs:
+                arm,seed = todo.pop(0)
+                out = args.runs/plan['name']/f'{arm}-s{seed}'
+                running[arm,seed] = out,None if (out/'done').is_file() else start(args, plan, arm, seed, out)
+                print(f"start  {arm} seed {seed}", flush=True)
+            for (arm,seed),(out,process) in list(running.items()):
+                if process and process.poll() is None: continue
+                del running[arm,seed]
+                if process and process.returncode:
+                    failed.append((arm, seed))
+                    print(f"failed {arm} seed {seed}: see {out.with_suffix('.log')}", flush=True)
+                    continue
+                row = keep(args.results, plan, arm, seed, out, code)
+                print(f"done   {arm} seed {seed}: mIoU {row['miou_'+row['path']]} rare {row['rare_'+row['path']]} in {row['seconds']:.0f} s", flush=True)
+            time.sleep(args.poll)
+    finally:
+        for _,process in running.values():
+            if process and process.poll() is None: process.terminate()
+        for _,process in running.values():
+            if process: process.wait()
+    if todo or running: print(f"Time is over: {len(todo)+len(running)} runs are left; the same command goes on, running ones from their last epoch", flush=True)
+    if failed: raise SystemExit(1)
+
+def show(args, plan):
+    "Print what is done and what is left."
+    rows = {(o['arm'], int(o['seed'])):o for o in read_rows(args.results/f"{plan['name']}.csv")}
+    print(f"{plan['title']}\n{len(rows)} of {len(plan['runs'])} runs are done")
+    for arm in dict.fromkeys(o for o,_ in plan['runs']):
+        cells = [f"s{s} {float(rows[a,s]['miou_'+rows[a,s]['path']]):.1f}/{float(rows[a,s]['rare_'+rows[a,s]['path']]):.1f}" if (a,s) in rows else f's{s} -' for a,s in plan['runs'] if a==arm]
+        print(f"{arm:<20} {'  '.join(cells)}   {plan['arms'][arm]['title']}")
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('plan', help='name of a plan beside this file, or a .json file')
+    parser.add_argument('--data', type=Path, help='folder of a CamVid copy')
+    parser.add_argument('--jobs', type=int, default=2, help='runs at the same time')
+    parser.add_argument('--arms', nargs='*', help='only these arms')
+    parser.add_argument('--minutes', type=float, help='stop after this time; the rest can be resumed')
+    parser.add_argument('--runs', type=Path, default=ROOT/'runs'/'camvid', help='where run folders with weights and checkpoints go')
+    parser.add_argument('--results', type=Path, default=ROOT/'results'/'camvid', help='where rows and small files go')
+    parser.add_argument('--poll', type=float, default=2., help='seconds between looks at the running ones')
+    parser.add_argument('--list', action='store_true', help='show what is done, and stop')
+    parser.add_argument('--one', nargs=3, metavar=('ARM','SEED','OUT'), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    plan = read_plan(args.plan)
+    if args.list: return show(args, plan)
+    if args.data is None and plan['shared']['data']!='scenes': parser.error("give --data, the folder of the images")
+    data = None if args.data is None else str(args.data)
+    if args.one: return train_one(plan, args.one[0], int(args.one[1]), data, Path(args.one[2]))
+    for o in (signal.SIGTERM, signal.SIGHUP):
+        with contextlib.suppress(ValueError): signal.signal(o, lambda *_: sys.exit(143))
+    run_all(args, plan)
+
+if __name__=='__main__': main()

@@ -1,0 +1,126 @@
+"The script that makes all runs of a plan: finished ones are skipped, interrupted ones resumed, rows of other code refused."
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dropclass.data_camvid import write_toy_camvid
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT/'benchmarks'/'camvid'/'run.py'
+sys.path.insert(0, str(SCRIPT.parent))
+import run as script # noqa: E402
+
+
+@pytest.fixture(scope='module')
+def home(tmp_path_factory):
+    "A toy copy of CamVid and a plan of three small runs."
+    folder = tmp_path_factory.mktemp('plan')
+    write_toy_camvid(folder/'data', n=8)
+    plan = dict(title='toy', shared=dict(data='camvid', arch='small', size=[48, 64], epochs=3, bs=4, threads=1, valid_every=2, data_options=dict(crop=[32, 48])), dropclass=dict(alpha=1., both_paths=False),
+                arms=dict(plain=dict(title='plain'), drop=dict(title='DropClass', method='dropclass', weights='median', dropclass=dict(draw='cycle'))),
+                order=[dict(arms=['plain', 'drop'], seeds=[0]), dict(arms=['plain'], seeds=[0, 1])])
+    (folder/'toy.json').write_text(json.dumps(plan))
+    return folder
+
+
+def command(home, *more): return [sys.executable, str(SCRIPT), str(home/'toy.json'), '--data', str(home/'data'), '--runs', str(home/'runs'), '--results', str(home/'results'), '--poll', '.1', *more]
+def go(home, *more): return subprocess.run(command(home, *more), capture_output=True, text=True, timeout=300)
+def rows(home): return script.read_rows(home/'results'/'toy.csv')
+
+
+def test_every_plan_that_comes_along_is_sound():
+    from dropclass.experiment import Config
+    for file in (ROOT/'benchmarks').glob('*/*.json'):
+        plan = script.read_plan(str(file))
+        assert len(plan['runs'])>=25 and len(set(plan['runs']))==len(plan['runs'])
+        hashes = [json.dumps(script.run_options(plan, *o), sort_keys=True, default=str) for o in plan['runs']]
+        assert len(set(hashes))==len(hashes), 'two arms are the same'
+        for arm,seed in plan['runs']: Config(**script.run_options(plan, arm, seed))
+
+
+def test_interrupted_then_finished_then_skipped(home):
+    process = subprocess.Popen(command(home, '--jobs', '1'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    history = home/'runs'/'toy'/'plain-s0'/'history.csv'
+    deadline = time.monotonic()+120
+    while not history.is_file() and time.monotonic()<deadline and process.poll() is None: time.sleep(.02)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    assert history.is_file() and rows(home)==[]
+    before = len(history.read_text().splitlines())-1
+    result = go(home, '--jobs', '2')
+    assert result.returncode==0, result.stdout+result.stderr
+    assert [(o['arm'], o['seed']) for o in sorted(rows(home), key=lambda o: (o['arm'], o['seed']))]==[('drop', '0'), ('plain', '0'), ('plain', '1')]
+    log = (home/'runs'/'toy'/'plain-s0.log').read_text()
+    assert log.count('epoch   1/3')==1 or before==0, 'the first epoch was trained again'
+    again = go(home)
+    assert '3 of 3 runs are done, 0 to do' in again.stdout and len(rows(home))==3
+
+
+def test_rows_come_from_the_folders(home):
+    for row in rows(home):
+        kept = home/'results'/row['folder'].replace('toy/', 'toy/')
+        metrics = json.loads((kept/'metrics.json').read_text())
+        assert float(row[f"miou_{row['path']}"])==pytest.approx(100*metrics['tests']['valid'][row['path']]['miou'], abs=1e-3)
+        assert sorted(o.name for o in kept.iterdir())==sorted(script.KEPT)
+        assert row['code']==script.code_hash() and len(row['config'])==12
+    drop = next(o for o in rows(home) if o['arm']=='drop')
+    assert drop['path']=='drop' and drop['miou_mean'] and json.loads((home/'results'/drop['folder']/'config.json').read_text())['dropclass']=={'alpha':1., 'both_paths':False, 'draw':'cycle'}
+    listed = go(home, '--list').stdout
+    assert '3 of 3 runs are done' in listed and 'DropClass' in listed
+
+
+def test_rows_of_other_code_are_refused(home, tmp_path):
+    table = tmp_path/'toy.csv'
+    changed = [{**o, 'code':'0'*12, 'commit':'abc1234567'} for o in rows(home)[:1]]
+    with open(table, 'w', newline='') as f:
+        writer = csv.DictWriter(f, script.COLUMNS)
+        writer.writeheader()
+        writer.writerows(changed)
+    result = go(home, '--results', str(tmp_path))
+    assert result.returncode==1 and 'abc1234567' in result.stderr and 'git worktree add' in result.stderr
+    assert script.read_rows(table)==changed
+
+
+def test_code_hash_sees_code_and_nothing_else(tmp_path):
+    (tmp_path/'dropclass').mkdir()
+    file = tmp_path/'dropclass'/'core.py'
+    file.write_text('"Doc"\ndef f(x):\n    "Says."\n    return x # why\n')
+    first = script.code_hash(tmp_path)
+    file.write_text('"Other"\n# %% cell\ndef f(x):\n    "Says more."\n    return x\n')
+    assert script.code_hash(tmp_path)==first
+    file.write_text('def f(x):\n    "Says."\n    return x+1\n')
+    assert script.code_hash(tmp_path)!=first
+
+
+def test_unknown_plan_and_arm(home, tmp_path):
+    result = subprocess.run([sys.executable, str(SCRIPT), 'tpu', '--data', str(home)], capture_output=True, text=True, env=dict(os.environ))
+    assert result.returncode==1 and "no plan 'tpu'" in result.stderr and 'cpu' in result.stderr
+    broken = json.loads((home/'toy.json').read_text())
+    broken['order'].append(dict(arms=['gone'], seeds=[0]))
+    (tmp_path/'toy.json').write_text(json.dumps(broken))
+    with pytest.raises(SystemExit, match='gone'): script.read_plan(str(tmp_path/'toy.json'))
+
+
+def test_packed_folder_runs_on_its_own(home, tmp_path):
+    import pack
+    pack.pack(tmp_path/'packed', home/'data', quality=95)
+    shutil.copy(home/'toy.json', tmp_path/'packed'/'code'/'benchmarks'/'camvid')
+    (tmp_path/'python3').write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path/'python3').chmod(0o755)
+    env = {**os.environ, 'PATH':f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(['sh', str(tmp_path/'packed'/'go.sh'), 'toy', '--arms', 'plain', '--jobs', '1'], capture_output=True, text=True, env=env, timeout=300)
+    assert result.returncode==0, result.stdout+result.stderr
+    rows = script.read_rows(tmp_path/'packed'/'results'/'toy.csv')
+    assert len(rows)==2 and rows[0]['code']==script.code_hash()
+    from dropclass.data_camvid import camvid_items
+    (x,y),(a,b) = camvid_items(tmp_path/'packed'/'camvid', size=None)[0][0],camvid_items(home/'data', size=None)[0][0]
+    assert (y==b).all() and (x.float()-a.float()).abs().mean()<8
+    with pytest.raises(FileExistsError): pack.pack(tmp_path/'packed', home/'data')

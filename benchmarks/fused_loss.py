@@ -8,24 +8,20 @@ fused     `resize_cross_entropy`, and `resize_dropclass_loss`
 The ratios are taken within a round, so what slows the machine down for a while slows both; quartiles of the rounds are the spread. CPU seconds stand beside
 wall seconds: on a shared machine they are the steadier of the two. Peak memory comes from a fresh process for each form, beyond what it held before the loss.
 """
-import subprocess
-import sys
-import time
-from csv import DictWriter
 from itertools import product
-from pathlib import Path
 from statistics import median, quantiles
 
 import torch
 from fastcore.script import call_parse
 from torch.nn import functional as F
 
+from common import in_fresh_process, keep_mask, peak_bytes, timed, write_csv
 from dropclass.core import VOID
 from dropclass.fused import resize_cross_entropy, resize_dropclass_loss
 from dropclass.losses import dropclass_loss
 
 CASES = {'19':(19, (128, 256), (512, 1024)), '150':(150, (128, 128), (512, 512))} # classes, small size, label size
-LAM,DROPPED = .5,3
+LAM,DROPPED = .5,1
 
 
 def make_inputs(case, device):
@@ -41,11 +37,10 @@ def make_inputs(case, device):
 def losses(case, loss, device):
     "The two forms of a loss, as functions that run forward and backward and return the loss."
     x,drop_x,target = make_inputs(case, device)
-    keep_mask = torch.ones(x.shape[1])
-    keep_mask[DROPPED] = 0
+    mask = keep_mask(x.shape[1])
     up = lambda x: F.interpolate(x, size=target.shape[1:], mode='bilinear')
     forms = {'plain':(lambda: F.cross_entropy(up(x), target, ignore_index=VOID), lambda: resize_cross_entropy(x, target)),
-             'both paths':(lambda: dropclass_loss(up(x), up(drop_x), target, keep_mask, LAM),
+             'both paths':(lambda: dropclass_loss(up(x), up(drop_x), target, mask, LAM),
                            lambda: resize_dropclass_loss(x, drop_x, target, DROPPED, LAM)[0])}[loss]
     def run(form):
         x.grad = drop_x.grad = None
@@ -56,48 +51,36 @@ def losses(case, loss, device):
     return {name:lambda form=form: run(form) for name,form in zip(('literal', 'fused'), forms)}
 
 
-def timed(f):
-    "Wall and CPU seconds of a call."
-    wall,cpu = time.perf_counter(),time.process_time()
-    f()
-    return time.perf_counter()-wall, time.process_time()-cpu
-
-
-def peak_bytes():
-    "Peak resident memory of this process so far."
-    return next(int(o.split()[1])*1024 for o in open('/proc/self/status') if o.startswith('VmHWM'))
-
-
 def memory(case, loss, name, threads, device):
     "Peak memory of one form, measured in a fresh process."
-    call = [sys.executable, __file__, '--only', f'{case},{loss},{name}', '--threads', str(threads), '--device', device]
-    return int(subprocess.run(call, check=True, capture_output=True, text=True).stdout.split()[-1])
+    return int(in_fresh_process(__file__, '--only', f'{case},{loss},{name}', '--threads', threads, '--device', device))
 
 
 def report_memory(only, device):
     "Print the bytes that one form takes at its peak."
     case,loss,name = only.split(',')
     form = losses(case, loss, device)[name]
-    before = torch.cuda.memory_allocated() if device!='cpu' else peak_bytes()
+    if device!='cpu': torch.cuda.reset_peak_memory_stats()
+    before = peak_bytes(device)
     form()
-    print((torch.cuda.max_memory_allocated() if device!='cpu' else peak_bytes())-before)
+    print(peak_bytes(device)-before)
 
 
 def measure(case, loss, rounds, threads, device):
     "One row of the table."
     forms = losses(case, loss, device)
     (a,ga),(b,gb) = [f() for f in forms.values()]
-    seconds = {name:[] for name in forms}
+    ms = {name:[] for name in forms}
     for i in range(rounds):
-        for name in list(forms)[::1 if i%2 else -1]: seconds[name].append(timed(forms[name]))
-    wall = [f[0]/l[0] for l,f in zip(seconds['literal'], seconds['fused'])]
-    cpu = [f[1]/l[1] for l,f in zip(seconds['literal'], seconds['fused'])]
+        for name in list(forms)[::1 if i%2 else -1]: ms[name].append(timed(forms[name], device))
+    wall = [f[0]/l[0] for l,f in zip(ms['literal'], ms['fused'])]
+    cpu = [f[1]/l[1] for l,f in zip(ms['literal'], ms['fused'])]
     bytes_ = {name:memory(case, loss, name, threads, device) for name in forms}
     C,_,(h,w) = CASES[case]
     row = dict(classes=C, height=h, width=w, loss=loss, device=device, threads=threads, rounds=rounds)
-    for name in forms: row[f'{name}_ms'] = round(1e3*median(o[0] for o in seconds[name]), 1)
+    for name in forms: row[f'{name}_ms'] = round(median(o[0] for o in ms[name]), 1)
     row.update(zip(('ratio_q1', 'ratio', 'ratio_q3'), (round(o, 3) for o in quantiles(wall, n=4))))
-    for name in forms: row[f'{name}_cpu_ms'] = round(1e3*median(o[1] for o in seconds[name]), 1)
+    for name in forms: row[f'{name}_cpu_ms'] = round(median(o[1] for o in ms[name]), 1)
     row['cpu_ratio'] = round(median(cpu), 3)
     for name in forms: row[f'{name}_mb'] = round(bytes_[name]/2**20, 1)
     row['memory_ratio'] = round(bytes_['fused']/bytes_['literal'], 3)
@@ -120,9 +103,4 @@ def main(
         if only: return report_memory(only, device)
         rows.append(measure(case, loss, rounds, n, device))
         print(rows[-1])
-    if not csv: return
-    Path(csv).parent.mkdir(parents=True, exist_ok=True)
-    with open(csv, 'w', newline='') as f:
-        writer = DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(rows, csv)

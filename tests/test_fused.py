@@ -1,4 +1,5 @@
 "The fused losses are the literal ones: for any shape, ratio and option, and without a large tensor."
+import os, subprocess, sys
 from itertools import product
 
 import pytest, torch
@@ -133,6 +134,15 @@ class Sizes(TorchDispatchMode):
         self.nbytes += [o.untyped_storage().nbytes() for o in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(o, torch.Tensor)]
         return out
 
+@pytest.fixture
+def one_thread():
+    "An observer of operations sees those of its own thread only."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+@pytest.mark.usefixtures('one_thread')
 @pytest.mark.parametrize('C,size,out_size', [(19, (32, 64), (256, 512)), (150, (16, 16), (128, 128)), (5, (200, 200), (50, 50))])
 def test_no_large_tensor_is_made(C, size, out_size):
     x,drop_x = torch.randn(2, 2, C, *size).unbind()
@@ -149,6 +159,7 @@ def test_no_large_tensor_is_made(C, size, out_size):
     literal = peak(lambda: dropclass_loss(*[resize(o, target) for o in leaves], target, keep_mask(C, 3), .5))
     assert literal>=4*2*C*out_size[0]*out_size[1]>2*allowed
 
+@pytest.mark.usefixtures('one_thread')
 def test_steps_without_a_backward_pass_make_no_gradient():
     x,target = torch.randn(1, 19, 16, 16, requires_grad=True),torch.randint(19, (1, 64, 64))
     with torch.no_grad(), Sizes() as ops: free = resize_cross_entropy(x, target)
@@ -225,6 +236,48 @@ def test_threads_come_back_and_change_nothing(n):
         with pytest.raises(KeyError), calm_threads('cpu'): raise KeyError
         assert torch.get_num_threads()==n
     finally: torch.set_num_threads(threads)
+
+def step_on(threads, x, target, **how):
+    "Loss, parts and gradient of a step on a number of threads."
+    old = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        total,parts = resize_dropclass_loss(x, 2*x, target, 3, .5, **how)
+        return total.detach(), parts, *gradient(total, x)
+    finally: torch.set_num_threads(old)
+
+@pytest.mark.parametrize('grad', [True, False])
+def test_two_threads_give_the_bits_of_one(grad):
+    x,target = torch.randn(2, 19, 64, 64, requires_grad=True),torch.randint(19, (2, 256, 256))
+    assert tile_size(19, (64, 64), (256, 256))[0]<256 # several bands
+    if not grad:
+        with torch.inference_mode(): one,two = [resize_cross_entropy(x, target) for _ in range(2)]
+        assert torch.equal(one, two)
+        return
+    for a,b in zip(step_on(1, x, target), step_on(2, x, target)): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('scale', [1., 30., 1e4])
+def test_logits_of_any_size_in_float32(scale):
+    "Where the exponentials of shifted small logits could vanish, every tile is shifted anew."
+    gen = torch.Generator().manual_seed(0)
+    x,target = scale*torch.randn(1, 5, 8, 8, generator=gen),torch.randint(5, (1, 64, 64), generator=gen)
+    leaf,exact = x.clone().requires_grad_(),x.double().requires_grad_()
+    got,want = resize_cross_entropy(leaf, target),F.cross_entropy(resize(exact, target), target)
+    close(got.double(), want, 1e-5)
+    assert (gradient(got, leaf)[0].double()-gradient(want, exact)[0]).norm()<=1e-5*gradient(want, exact)[0].norm()
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='no fork here')
+def test_threads_start_anew_after_a_fork():
+    "A forked process has none of its parent's threads; waiting for them would take forever."
+    code = """import os, signal
+from dropclass.fused import map_bands
+squares = lambda: list(map_bands(lambda o: o*o, range(8), workers=2))
+want,pid = squares(),os.fork()
+if pid==0:
+    signal.alarm(60) # nobody else would end it
+    os._exit(0 if squares()==want else 1)
+assert os.waitpid(pid, 0)[1]==0"""
+    subprocess.run([sys.executable, '-c', code], check=True, timeout=100)
 
 def test_fastai_losses_can_be_fused():
     from fastai.losses import CrossEntropyLossFlat, FocalLossFlat

@@ -328,7 +328,8 @@ def stacked_losses(self:DropClassCallback) -> tuple: # Total loss and its parts 
     missing = plain.new_full((), float('nan'))
     if path=='plain': return total_loss(plain, None, None, lam, alpha),plain,missing,missing
     masked,suppression = drop_path_losses(self.drop_logits, target, self.keep_mask, self.loss_func, self.normalize)
-    return total_loss(plain, masked, suppression, lam, alpha),missing if path=='drop' else plain,masked,suppression
+    if path=='drop': return total_loss(None, masked, suppression, lam, alpha),missing,masked,suppression
+    return total_loss(plain, masked, suppression, lam, alpha),plain,masked,suppression
 
 @patch
 def after_loss(self:DropClassCallback):

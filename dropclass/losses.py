@@ -242,10 +242,13 @@ def total_loss(
     lam:float, # Weight of the drop path, lambda, in [0,1]
     alpha:float=10., # Weight of the suppression term, at least 0
 ) -> Tensor: # Scalar to minimise
-    "Blend the three terms, Eq. (7) and (9); a term of weight 0 is not looked at."
+    "Blend the three terms, Eq. (7) and (9); a term of weight 0 may be missing."
     lam = check_unit(lam, 'lam')
     if not alpha>=0: raise ValueError(f"`alpha` must be at least 0, got {alpha}: 10 is the paper's, 0 turns the suppression off")
-    return sum(w*o for w,o in ((1-lam, plain), (lam, masked), (alpha, suppression)) if w)
+    terms = (('plain', 1-lam, plain), ('masked', lam, masked), ('suppression', alpha, suppression))
+    missing = [name for name,weight,o in terms if o is None and weight]
+    if missing: raise ValueError(f"`{missing[0]}` is None, but its weight is not 0 at lam={lam}, alpha={alpha}: compute it, or change the weights")
+    return sum(weight*o for _,weight,o in terms if o is not None)
 
 # %% ../nbs/12_losses.ipynb #2ae84569
 class StepPaths(NamedTuple):

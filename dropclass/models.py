@@ -292,6 +292,9 @@ def deeplabv3_mobilenetv3(
     weights = _given_weights(pretrained, weights_file)
     build = lambda source: deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=source, num_classes=num_classes, aux_loss=False)
     model = OutputAdapter(fetch(lambda: build('IMAGENET1K_V1'), 'mobilenet_v3_large') if pretrained else build(None), key='out')
+    if not pretrained and weights is None: # Norms that keep up with an encoder that starts at random
+        for m in model.model.backbone.modules():
+            if isinstance(m, nn.BatchNorm2d): m.momentum = .1
     if weights is not None: model.weights_report = load_backbone(model.model.backbone, weights, Path(weights_file).name)
     return model
 

@@ -152,6 +152,8 @@ def keep(results, plan, arm, seed, folder, code):
     target.mkdir(parents=True, exist_ok=True)
     for o in KEPT:
         if (folder/o).is_file(): shutil.copyfile(folder/o, target/o)
+    saved = json.loads((target/'config.json').read_text())
+    (target/'config.json').write_text(json.dumps({**saved, 'path':None}, indent=1)+'\n') # Where the images were is nobody's business
     row = make_row(plan, arm, seed, folder, code, plan['shared'].get('threads'))
     add_row(results/f"{plan['name']}.csv", row)
     return row

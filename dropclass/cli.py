@@ -48,7 +48,7 @@ def one_line_errors(
         raise SystemExit(141) from None
     except (ValueError, OSError, ImportError) as e:
         if debug or not in_command(): raise
-        if os.environ.get('RANK', '0')=='0': print(f"Error: {' '.join(str(e).split())}", file=sys.stderr)
+        if os.environ.get('LOCAL_RANK', '0')=='0': print(f"Error: {' '.join(str(e).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
 # %% ../nbs/72_cli.ipynb #01c074b6
@@ -91,14 +91,14 @@ def make_config(
     saved=None, # Configuration to start from, when a run is resumed
 ): # `Config`
     "Fill a configuration with the options that were given."
-    from dataclasses import replace
-    from dropclass.experiment import RECIPES, Config, recipe
+    from dataclasses import asdict
+    from dropclass.experiment import RECIPES, Config, merge_settings, recipe
     given = {k:v for k,v in options.items() if v is not None}
     if name := given.pop('recipe', None):
         config = recipe(name, **given)
         given = {k:getattr(config, k) for k in {**RECIPES[name], **given}}
-    config = replace(saved, **given) if saved else Config(**given)
-    return config if saved or config.data!='folder' else folder_config(config)
+    config = Config(**merge_settings(asdict(saved), given)) if saved else Config(**given)
+    return folder_config(config) if config.data=='folder' and not (saved and 'path' not in given) else config # A saved path is that of the images
 
 def folder_config(
     config, # `Config` for a folder of images and masks
@@ -126,7 +126,7 @@ def default_folder(
     parts = [config.data, config.method, config.arch.replace(':', '-'), *special, f's{config.seed}']
     return Path('runs')/'-'.join(parts)
 
-# %% ../nbs/72_cli.ipynb #6e225fff
+# %% ../nbs/72_cli.ipynb #e4b8a9dc
 def _report(run):
     "Print a finished run: classes, means, picture."
     from dropclass.compare import comparison, format_comparison
@@ -158,6 +158,7 @@ def _terminal_bar():
             print(f"\repoch {self.epoch+1:3d}/{self.n_epoch}  [{'#'*full}{'.'*(24-full)}] {self.iter+1}/{steps} {'training  ' if self.training else 'validating'}  ", end='', flush=True)
     return TerminalBar()
 
+# %% ../nbs/72_cli.ipynb #6e225fff
 def train_command(
     options:dict, # Fields of `Config` that were given; None stands for not given
     out:Path|None=None, # Folder of the run; None names it by the options

@@ -25,6 +25,12 @@ class RunFiles(NamedTuple):
     metrics:dict # Classes, pixel counts, and IoU per test set and path
     confusion:dict # Confusion matrices (C,C) per test set and path
 
+def _as_list(runs):
+    "One run or several, as a list that is not empty."
+    runs = [runs] if isinstance(runs, (str,Path)) or hasattr(runs, 'folder') else list(runs)
+    if not runs: raise ValueError("There is nothing to compare: give at least one run")
+    return runs
+
 def _read_json(file, remedy):
     "Read a JSON file, with an error that names it."
     try: return json.loads(file.read_text(encoding='utf-8'))
@@ -115,9 +121,7 @@ def comparison(
     path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts, per run
 ) -> pd.DataFrame: # A row per class, the rarest first, then both means; pixels and IoU in percent
     "Compare runs class by class, as in the paper's Table 1."
-    if isinstance(runs, (str,Path)) or hasattr(runs, 'folder'): runs = [runs]
-    runs = [read_run(o) for o in runs]
-    if not runs: raise ValueError("There is nothing to compare: give at least one run")
+    runs = [read_run(o) for o in _as_list(runs)]
     check_comparable(runs, test)
     labels,paths = run_labels(runs),[pick_path(o, test, path) for o in runs]
     df,order = _class_rows(runs[0].metrics)
@@ -185,7 +189,7 @@ def show_comparison(
     by_run:bool=False, # A column for every run, also where several differ only in the seed?
 ) -> pd.DataFrame: # What `comparison` gives; `compare_arms` where more than two runs hold one setting with several seeds
     "Print a comparison, and in words what it shows."
-    runs = [runs] if isinstance(runs, (str,Path)) or hasattr(runs, 'folder') else list(runs)
+    runs = _as_list(runs)
     if not by_run and len(runs)>2 and len(group_arms([read_run(o) for o in runs]))<len(runs):
         df = compare_arms(runs, test, path)
         print(format_arms(df))
@@ -200,6 +204,18 @@ def show_comparison(
 RUN_COLORS = ('#a9b4bf','#1f6f8b','#e0a030','#7a5195','#4c956c','#b5654a') # Bars of the runs, in order
 GAIN,LOSS = '#1f6f8b','#d1603d' # Colours of differences
 
+def _mark_rows(axs, rows):
+    "Name the rows, shade the rare classes, and set the two means apart."
+    names = [f"{name}{' †' if row.rare else ''}" + ('' if name in rows.index[-2:] else f"   {row.pixels:.2f} %") for name,row in rows.iterrows()]
+    axs[0].set_yticks(range(len(rows)), names, fontsize=8)
+    axs[0].set(ylim=(len(rows)-.4, -.6))
+    for ax in axs:
+        ax.axhspan(-.5, rows.rare[:-2].sum()-.5, color='#f4f0e6', zorder=-1, lw=0)
+        ax.axhline(len(rows)-2.5, color='#888', lw=.8)
+        ax.tick_params(axis='y', length=0)
+        ax.tick_params(axis='x', labelsize=7)
+        for side in ('top','right','left'): ax.spines[side].set_visible(False)
+
 def _iou_bars(ax, df):
     "Draw the IoU of every run; per class the first run is on top."
     labels,rows = df.attrs['labels'],range(len(df))
@@ -209,12 +225,9 @@ def _iou_bars(ax, df):
         ax.barh(at, df[label].fillna(0), .8/n, color=RUN_COLORS[k%len(RUN_COLORS)], label=label)
         for y,v in zip(at, df[label]):
             ax.annotate('absent' if v!=v else f'{v:.1f}', (0 if v!=v else v, y), (3,0), textcoords='offset points', va='center', fontsize=6.5, color='#444')
-    names = [f"{name}{' †' if row.rare else ''}" + ('' if name in df.index[-2:] else f"   {row.pixels:.2f} %") for name,row in df.iterrows()]
-    ax.set_yticks(rows, names, fontsize=8)
-    ax.set(ylim=(len(df)-.4, -.6), xlim=(0, 109), title=f"IoU in %, test set '{df.attrs['test']}'")
+    ax.set(xlim=(0, 109))
+    ax.set_title(f"IoU in %, test set '{df.attrs['test']}'", fontsize=9)
     ax.legend(fontsize=7, frameon=False, ncols=n, loc='upper left', bbox_to_anchor=(0, -.25/len(df)**.5))
-    ax.tick_params(axis='y', length=0)
-    for side in ('top','right','left'): ax.spines[side].set_visible(False)
 
 # %% ../nbs/71_compare.ipynb #b4c95081
 def _difference_bars(ax, differences, df):
@@ -228,9 +241,8 @@ def _difference_bars(ax, differences, df):
             if v==v: ax.annotate(f'{v:+.1f}', (v, y), (3 if v>=0 else -3,0), textcoords='offset points', va='center', ha='left' if v>=0 else 'right', fontsize=6.5, color='#444')
     reach = max(1., 1.45*float(differences.abs().max(axis=None)))
     ax.axvline(0, color='#444', lw=.8)
-    ax.set(xlim=(-reach, reach), title=f"difference to {df.attrs['labels'][0]}, points")
-    ax.tick_params(axis='y', length=0)
-    for side in ('top','right','left'): ax.spines[side].set_visible(False)
+    ax.set(xlim=(-reach, reach))
+    ax.set_title(f"difference to {df.attrs['labels'][0]}, points", fontsize=9)
 
 # %% ../nbs/71_compare.ipynb #a985c588
 def plot_comparison(
@@ -247,11 +259,7 @@ def plot_comparison(
     axs = fig.subplots(1, 2 if many else 1, sharey=True, squeeze=False, width_ratios=[3,2] if many else None)[0]
     _iou_bars(axs[0], df)
     if many: _difference_bars(axs[1], pd.DataFrame({o:df[o]-df[labels[0]] for o in labels[1:]}), df)
-    for ax in axs:
-        ax.axhspan(-.5, df.rare[:-2].sum()-.5, color='#f4f0e6', zorder=-1, lw=0)
-        ax.axhline(len(df)-2.5, color='#888', lw=.8)
-        ax.set_title(ax.get_title(), fontsize=9, loc='center')
-        ax.tick_params(axis='x', labelsize=7)
+    _mark_rows(axs, df)
     return fig
 
 # %% ../nbs/71_compare.ipynb #26df855f
@@ -308,8 +316,7 @@ def compare_arms(
     level:float=.95, # Of the intervals
 ) -> pd.DataFrame: # A row per arm and class, the rarest first, then both means; IoU in percent
     "Compare settings, each over its seeds."
-    runs = [read_run(o) for o in runs]
-    if not runs: raise ValueError("There is nothing to compare: give at least one run")
+    runs = [read_run(o) for o in _as_list(runs)]
     check_comparable(runs, test)
     arms = group_arms(runs)
     labels = run_labels([o._replace(config={**o.config, 'seed':None}) for o in (next(iter(arm.values())) for arm in arms)])
@@ -376,7 +383,8 @@ def format_arms(
     for label,path in zip(labels, attrs['paths']):
         mean,rare = (df.loc[(label, o)] for o in ('mIoU','rare mIoU'))
         rows.append([label, path, ','.join(map(str, attrs['seeds'][label])), _spread(mean), _difference_text(mean), _spread(rare), _difference_text(rare)])
-    lines += ['', *_table([[*r[:4], *r[4:][:1]*(len(labels)>1), r[5], *r[6:]*(len(labels)>1)] for r in rows]), '']
+    shown = range(7) if len(labels)>1 else (0,1,2,3,5) # One arm has no differences
+    lines += ['', *_table([[r[i] for i in shown] for r in rows]), '']
     rows = [['class','pixels %',labels[0],*labels[1:]]]
     for name in df.loc[labels[0]].index[:-2]:
         first,*others = (df.loc[(l, name)] for l in labels)
@@ -402,17 +410,12 @@ def plot_arms(
         at = [i+.7/n*(k-(n-1)/2) for i in rows]
         axs[0].errorbar(part['mean'], at, xerr=part['std'].fillna(0), **style)
         if k: axs[1].errorbar(part.difference, at, xerr=(part.high-part.low).fillna(0)/2, **style)
-    names = [f"{name}{' †' if row.rare else ''}" + ('' if name in first.index[-2:] else f"   {row.pixels:.2f} %") for name,row in first.iterrows()]
-    axs[0].set_yticks(rows, names, fontsize=8)
-    axs[0].set(ylim=(len(first)-.4, -.6))
     axs[0].set_title(f"IoU in %, test set '{df.attrs['test']}'", fontsize=9)
-    if many: axs[1].set_title(f"difference to {labels[0]}, points", fontsize=9); axs[1].axvline(0, color='#444', lw=.8)
+    if many:
+        axs[1].set_title(f"difference to {labels[0]}, points", fontsize=9)
+        axs[1].axvline(0, color='#444', lw=.8)
     fig.legend(*axs[0].get_legend_handles_labels(), fontsize=7, frameon=False, ncols=3, loc='outside lower left')
-    for ax in axs:
-        ax.axhspan(-.5, first.rare[:-2].sum()-.5, color='#f4f0e6', zorder=-1, lw=0)
-        ax.axhline(len(first)-2.5, color='#888', lw=.8)
-        ax.tick_params(axis='y', length=0); ax.tick_params(axis='x', labelsize=7)
-        for side in ('top','right','left'): ax.spines[side].set_visible(False)
+    _mark_rows(axs, first)
     return fig
 
 # %% ../nbs/71_compare.ipynb #5251b99c
@@ -497,6 +500,30 @@ def _plan_outputs(files, out, overwrite):
         except OSError as e: raise OSError(f"Cannot write to {out/o} ({e.strerror or e}): choose a folder that can be written to") from e
     return plan
 
+# %% ../nbs/71_compare.ipynb #e269830d
+def _trained_size(config):
+    "The size that a run's images had; None where they kept their own."
+    import inspect
+    from dropclass.experiment import data_function
+    return config.size or config.data_options.get('size', inspect.signature(data_function(config.data)).parameters['size'].default)
+
+def _network(model, spec, size, path):
+    "The network in evaluation mode, its classes, and the size it is shown."
+    from dropclass.core import check_choice
+    from dropclass.head import get_head
+    if isinstance(model, (str,Path)):
+        from dropclass.experiment import load_run
+        model = load_run(read_run(model).folder)
+    if hasattr(model, 'load_model'):
+        run,model = model,model.load_model()
+        spec,size = spec or run.spec,size or _trained_size(run.config)
+    if spec is None: raise ValueError("`spec` is missing: give the `ClassSpec` of the network's classes")
+    if len(spec)>255: raise ValueError(f"Masks are written with 8 bits, got {len(spec)} classes: use `predict_mask` and write them yourself")
+    head = get_head(model)
+    if path is not None: check_choice(path, ['plain','drop','mean'] if head else ['plain'], 'path')
+    if head and path is not None: head.predict = path
+    return model.eval(),spec,size
+
 # %% ../nbs/71_compare.ipynb #5c86b3f8
 def predict_images(
     model, # A run folder, a `Run`, or a network from images (1,3,H,W) to logits
@@ -523,26 +550,3 @@ def predict_images(
             with writing(target) as temp: picture.save(temp, format='PNG')
     with writing(Path(out)/'legend.png') as temp: _legend_image(spec).save(temp, format='PNG')
     return [tuple(targets) for _,*targets in plan]
-
-def _trained_size(config):
-    "The size that a run's images had; None where they kept their own."
-    import inspect
-    from dropclass.experiment import data_function
-    return config.size or config.data_options.get('size', inspect.signature(data_function(config.data)).parameters['size'].default)
-
-def _network(model, spec, size, path):
-    "The network in evaluation mode, its classes, and the size it is shown."
-    from dropclass.core import check_choice
-    from dropclass.head import get_head
-    if isinstance(model, (str,Path)):
-        from dropclass.experiment import load_run
-        model = load_run(read_run(model).folder)
-    if hasattr(model, 'load_model'):
-        run,model = model,model.load_model()
-        spec,size = spec or run.spec,size or _trained_size(run.config)
-    if spec is None: raise ValueError("`spec` is missing: give the `ClassSpec` of the network's classes")
-    if len(spec)>255: raise ValueError(f"Masks are written with 8 bits, got {len(spec)} classes: use `predict_mask` and write them yourself")
-    head = get_head(model)
-    if path is not None: check_choice(path, ['plain','drop','mean'] if head else ['plain'], 'path')
-    if head and path is not None: head.predict = path
-    return model.eval(),spec,size

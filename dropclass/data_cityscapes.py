@@ -40,7 +40,7 @@ def write_toy_cityscapes(
     n:int=4, # Training images; half as many validate, and as many have coarse labels only
     size:tuple=(32,64), # Height and width, in pixels
 ) -> Path: # The folder
-    "Write coloured rectangles in the layout of Cityscapes, every id of it included."
+    "Write coloured rectangles in the layout of Cityscapes, ids that are no class among them."
     path,(h,w) = Path(path),size
     for split,kind,count in (('train','gtFine',n), ('val','gtFine',n//2), ('test','gtFine',1), ('train','gtCoarse',n), ('train_extra','gtCoarse',n)):
         for i in range(count):

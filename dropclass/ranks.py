@@ -27,7 +27,7 @@ def is_first(
     return num_ranks()==1 or dist.get_rank()==0
 
 def comm_device(
-) -> torch.device: # Where tensors must be to be sent
+) -> torch.device: # Where tensors must be to be sent; asked only where there are several processes
     "Name the device that the processes talk through."
     return torch.device('cuda' if dist.get_backend()=='nccl' else 'cpu')
 

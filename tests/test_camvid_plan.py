@@ -1,4 +1,5 @@
 "The script that makes all runs of a plan: finished ones are skipped, interrupted ones resumed, rows of other code refused."
+import argparse
 import csv
 import json
 import os
@@ -66,7 +67,7 @@ def test_interrupted_then_finished_then_skipped(home):
 
 def test_rows_come_from_the_folders(home):
     for row in rows(home):
-        kept = home/'results'/row['folder'].replace('toy/', 'toy/')
+        kept = home/'results'/row['folder']
         metrics = json.loads((kept/'metrics.json').read_text())
         assert float(row[f"miou_{row['path']}"])==pytest.approx(100*metrics['tests']['valid'][row['path']]['miou'], abs=1e-3)
         assert sorted(o.name for o in kept.iterdir())==sorted(script.KEPT)
@@ -87,6 +88,15 @@ def test_rows_of_other_code_are_refused(home, tmp_path):
     result = go(home, '--results', str(tmp_path))
     assert result.returncode==1 and 'abc1234567' in result.stderr and 'git worktree add' in result.stderr
     assert script.read_rows(table)==changed
+
+
+def test_no_run_starts_with_code_that_changed_meanwhile(home, tmp_path, monkeypatch, capsys):
+    hashes = iter(['a'*12, 'b'*12])
+    monkeypatch.setattr(script, 'code_hash', lambda: next(hashes))
+    monkeypatch.setattr(script, 'start', lambda *args: pytest.fail('a run was started'))
+    args = argparse.Namespace(results=tmp_path, runs=tmp_path, arms=None, jobs=1, minutes=None, poll=0)
+    with pytest.raises(SystemExit): script.run_all(args, script.read_plan(str(home/'toy.json')))
+    assert 'has changed' in capsys.readouterr().out and not script.read_rows(tmp_path/'toy.csv')
 
 
 def test_code_hash_sees_code_and_nothing_else(tmp_path):

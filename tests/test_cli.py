@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import dropclass.cli
 
-COMMANDS = ('train', 'compare', 'predict', 'demo')
+COMMANDS = ('train', 'compare', 'predict', 'demo', 'audit')
 SCRIPT = "import sys\nfrom dropclass.cli import {0}\nif __name__=='__main__': sys.exit({0}())\n" # What pip writes for a console script
 TINY = ['--bs', '4', '--size', '32x48', '--threads', '1', '--data-options', 'n_train=8,n_valid=4']
 ENV = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join([str(Path(dropclass.cli.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}

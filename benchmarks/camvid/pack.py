@@ -20,7 +20,7 @@ GO = """#!/bin/sh
 # Unpack, install what is missing, and make the runs of a plan: sh go.sh PLAN [options of benchmarks/camvid/run.py]
 set -e
 cd "$(dirname "$0")"
-[ -d camvid ] || tar xf camvid.tar
+[ -f camvid/.whole ] || { tar xf camvid.tar && touch camvid/.whole; }
 [ ! -d wheels ] || python3 -m pip install --quiet --no-index --no-deps wheels/*.whl
 cd code
 exec python3 benchmarks/camvid/run.py "$@" --data ../camvid --runs ../runs --results ../results

@@ -65,9 +65,10 @@ def code_hash(root=ROOT):
     return hashlib.sha256('\0'.join(f'{o}\n'+bare(root/'dropclass'/f'{o}.py') for o in found).encode()).hexdigest()[:12]
 
 def commit_of(root=ROOT):
-    "The commit that is checked out, or that was packed."
+    "The commit that was packed, or that is checked out."
+    if (root/'COMMIT').is_file(): return (root/'COMMIT').read_text() # What pack.py noted; the folder may lie in another repository
     try: return subprocess.run(['git', '-C', root, 'rev-parse', '--short=10', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError): return (root/'COMMIT').read_text() if (root/'COMMIT').is_file() else 'unknown' # What pack.py noted
+    except (OSError, subprocess.CalledProcessError): return 'unknown'
 
 
 # ---------------------------------------------------------------- rows
@@ -102,12 +103,12 @@ def still_rising(history):
     mean = lambda a,b: seen.miou[(seen.epoch>=a*last)&(seen.epoch<b*last)].mean()
     return round(100*(mean(.8, 1.01)-mean(.6, .8)), 2)
 
-def make_row(plan, arm, seed, folder, code, threads):
+def make_row(plan, arm, seed, folder, commit, code):
     "The row of a finished run."
     import pandas as pd, torch
     config,metrics = (json.loads((folder/o).read_text()) for o in ('config.json','metrics.json'))
     history = pd.read_csv(folder/'history.csv')
-    row = dict(plan=plan['name'], arm=arm, seed=seed, commit=commit_of(), code=code, config=config['hash'], finished=date.today().isoformat(), threads=threads,
+    row = dict(plan=plan['name'], arm=arm, seed=seed, commit=commit, code=code, config=config['hash'], finished=date.today().isoformat(), threads=plan['shared'].get('threads') or 1,
                device=torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu', torch=torch.__version__, seconds=metrics['seconds'], epochs=metrics['epochs'],
                path=metrics['predicts'], best_miou=round(100*history.miou.max(), 2), still_rising=still_rising(history), folder=f"{plan['name']}/{arm}-s{seed}")
     for test,found in metrics['tests'].items():
@@ -146,7 +147,7 @@ def start(args, plan, arm, seed, out):
     with open(out.with_suffix('.log'), 'a') as log:
         return subprocess.Popen([sys.executable, __file__, args.plan, *data, '--one', arm, str(seed), str(out)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
 
-def keep(results, plan, arm, seed, folder, code):
+def keep(results, plan, arm, seed, folder, commit, code):
     "Copy a run's small files, then add its row."
     target = results/plan['name']/f'{arm}-s{seed}'
     target.mkdir(parents=True, exist_ok=True)
@@ -154,13 +155,13 @@ def keep(results, plan, arm, seed, folder, code):
         if (folder/o).is_file(): shutil.copyfile(folder/o, target/o)
     saved = json.loads((target/'config.json').read_text())
     (target/'config.json').write_text(json.dumps({**saved, 'path':None}, indent=1)+'\n') # Where the images were is nobody's business
-    row = make_row(plan, arm, seed, folder, code, plan['shared'].get('threads'))
+    row = make_row(plan, arm, seed, folder, commit, code)
     add_row(results/f"{plan['name']}.csv", row)
     return row
 
 def run_all(args, plan):
     "Work through the plan until it is done or the time is over."
-    table,code = args.results/f"{plan['name']}.csv",code_hash()
+    table,commit,code = args.results/f"{plan['name']}.csv",commit_of(),code_hash()
     check_code(read_rows(table), code)
     done = {(o['arm'], int(o['seed'])) for o in read_rows(table)}
     todo = [o for o in plan['runs'] if o not in done and (not args.arms or o[0] in args.arms)]
@@ -168,6 +169,9 @@ def run_all(args, plan):
     print(f"{plan['title']}\n{len(done)} of {len(plan['runs'])} runs are done, {len(todo)} to do, {args.jobs} at once; code {code}", flush=True)
     try:
         while (todo or running) and time.monotonic()<end:
+            if todo and len(running)<args.jobs and code_hash()!=code:
+                print(f"The code has changed since the start (commit {commit}, code {code}): {len(todo)} runs are not started", flush=True)
+                failed,todo = failed+todo,[]
             while todo and len(running)<args.jobs:
                 arm,seed = todo.pop(0)
                 out = args.runs/plan['name']/f'{arm}-s{seed}'
@@ -180,7 +184,7 @@ def run_all(args, plan):
                     failed.append((arm, seed))
                     print(f"failed {arm} seed {seed}: see {out.with_suffix('.log')}", flush=True)
                     continue
-                row = keep(args.results, plan, arm, seed, out, code)
+                row = keep(args.results, plan, arm, seed, out, commit, code)
                 print(f"done   {arm} seed {seed}: mIoU {row['miou_'+row['path']]} rare {row['rare_'+row['path']]} in {row['seconds']:.0f} s", flush=True)
             time.sleep(args.poll)
     finally:

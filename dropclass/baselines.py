@@ -75,7 +75,10 @@ class OhemLoss(nn.Module):
         if not min_kept>0: raise ValueError(f"`min_kept` must be more than 0, got {min_kept}: a share of the pixels (1/16) or a count (100000)")
         self.thresh,self.min_kept,self.weight,self.ignore_index = thresh,min_kept,weight,ignore_index
 
-    def forward(self, logits, target):
+    def forward(self,
+        logits, # Logits (N,C,h,w), float32
+        target, # Labels (N,h,w), int64
+    ): # Scalar loss
         valid = target!=self.ignore_index
         losses = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction='none')[valid] # -log of the probability
         least = min(len(losses), math.ceil(self.min_kept*len(losses)) if self.min_kept<1 else int(self.min_kept))
@@ -94,7 +97,11 @@ class DiceCELoss(nn.Module):
         super().__init__()
         self.ce,self.dice_weight = nn.CrossEntropyLoss(weight, ignore_index=ignore_index),dice_weight
         self.dice = _smp_loss('DiceLoss', ignore_index, weight)
-    def forward(self, logits, target): return self.ce(logits, target)+self.dice_weight*self.dice(logits, target)
+    def forward(self,
+        logits, # Logits (N,C,h,w), float32
+        target, # Labels (N,h,w), int64
+    ): # Scalar loss
+        return self.ce(logits, target)+self.dice_weight*self.dice(logits, target)
 
 def _smp_loss(name, ignore_index, weight=None, **options):
     "Build a multi-class loss of segmentation_models_pytorch."

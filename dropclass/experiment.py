@@ -433,6 +433,7 @@ def open_folder(
         raise ValueError(f"{out} was started with another configuration ({'; '.join(other)}): resume with the same one, or start in a new folder")
     return checkpoint
 
+# %% ../nbs/70_experiment.ipynb #de1946eb
 def read_config(
     folder:str|Path, # A run's folder
 ) -> Config: # Its configuration
@@ -585,6 +586,7 @@ class Run:
         return model.eval()
     def __repr__(self): return f"Run {self.folder.name}: {self.config.method}, {self.config.arch}, {self.config.data}, {self.config.epochs} epochs"
 
+# %% ../nbs/70_experiment.ipynb #d2bdb423
 def load_run(
     folder:str|Path, # The folder that `train_run` wrote
 ) -> Run: # The finished run

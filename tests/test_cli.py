@@ -82,6 +82,13 @@ def test_console_scripts_are_declared():
     for o in COMMANDS: assert f'dropclass-{o} = dropclass.cli:{o}' in text and callable(getattr(dropclass.cli, o))
 
 
+@pytest.mark.parametrize('local,said', [('0', True), ('1', False)])
+def test_every_machine_prints_its_error_once(command, monkeypatch, local, said):
+    for k,v in dict(RANK='4', LOCAL_RANK=local).items(): monkeypatch.setenv(k, v)
+    code,out,err = command('compare', 'nowhere')
+    assert code==2 and ('There is no run folder' in err)==said and 'Traceback' not in err
+
+
 def test_training_reports_epochs_and_classes(runs):
     folder,outs = runs
     for method,out in outs.items():

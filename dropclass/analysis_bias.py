@@ -32,7 +32,7 @@ def worst_confusions(
     confusion,spec = _checked_counts(confusion, spec)
     check_choice(by, ['share','pixels'], 'by')
     total = confusion.sum(1).clamp(min=1)
-    rows = [(spec.names[i], spec.names[j], int(confusion[i,j]), 100*float(confusion[i,j]/total[i]), 100*float(confusion[j,i]/total[j]))
+    rows = [(spec.names[i], spec.names[j], int(confusion[i,j]), 100*float(confusion[i,j])/float(total[i]), 100*float(confusion[j,i])/float(total[j]))
             for i in range(len(spec)) for j in range(len(spec)) if i!=j and confusion[i,j]>0]
     df = pd.DataFrame(rows, columns=['truth','predicted','pixels','share','back'])
     return df.sort_values(by, ascending=False, kind='stable', ignore_index=True)[:k]
@@ -47,7 +47,7 @@ def pair_confusions(
     spec,rows = as_spec(spec),{}
     for a,b in pairs:
         i,j = class_index(spec, a),class_index(spec, b)
-        share = lambda cm: 100*float((cm[i,j]+cm[j,i])/(cm[i].sum()+cm[j].sum())) if cm[i].sum()+cm[j].sum() else torch.nan
+        share = lambda cm: 100*float(cm[i,j]+cm[j,i])/float(cm[i].sum()+cm[j].sum()) if cm[i].sum()+cm[j].sum() else torch.nan
         rows[f'{spec.names[i]} / {spec.names[j]}'] = {name:share(_checked_counts(o, spec)[0]) for name,o in confusions.items()}
     return pd.DataFrame.from_dict(rows, orient='index')
 

@@ -5,6 +5,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'dropclass/analysis_bias.py'),
                                          'dropclass.analysis_bias._joined_names': ( 'analysis_bias.html#_joined_names',
                                                                                     'dropclass/analysis_bias.py'),
+                                         'dropclass.analysis_bias._write_names': ( 'analysis_bias.html#_write_names',
+                                                                                   'dropclass/analysis_bias.py'),
                                          'dropclass.analysis_bias.bias_scores': ( 'analysis_bias.html#bias_scores',
                                                                                   'dropclass/analysis_bias.py'),
                                          'dropclass.analysis_bias.look_alikes': ( 'analysis_bias.html#look_alikes',

@@ -32,7 +32,7 @@ def worst_confusions(
     confusion,spec = _checked_counts(confusion, spec)
     check_choice(by, ['share','pixels'], 'by')
     total = confusion.sum(1).clamp(min=1)
-    rows = [(spec.names[i], spec.names[j], int(confusion[i,j]), 100*float(confusion[i,j]/total[i]), 100*float(confusion[j,i]/total[j]))
+    rows = [(spec.names[i], spec.names[j], int(confusion[i,j]), 100*float(confusion[i,j])/float(total[i]), 100*float(confusion[j,i])/float(total[j]))
             for i in range(len(spec)) for j in range(len(spec)) if i!=j and confusion[i,j]>0]
     df = pd.DataFrame(rows, columns=['truth','predicted','pixels','share','back'])
     return df.sort_values(by, ascending=False, kind='stable', ignore_index=True)[:k]
@@ -47,7 +47,7 @@ def pair_confusions(
     spec,rows = as_spec(spec),{}
     for a,b in pairs:
         i,j = class_index(spec, a),class_index(spec, b)
-        share = lambda cm: 100*float((cm[i,j]+cm[j,i])/(cm[i].sum()+cm[j].sum())) if cm[i].sum()+cm[j].sum() else torch.nan
+        share = lambda cm: 100*float(cm[i,j]+cm[j,i])/float(cm[i].sum()+cm[j].sum()) if cm[i].sum()+cm[j].sum() else torch.nan
         rows[f'{spec.names[i]} / {spec.names[j]}'] = {name:share(_checked_counts(o, spec)[0]) for name,o in confusions.items()}
     return pd.DataFrame.from_dict(rows, orient='index')
 
@@ -107,7 +107,7 @@ def rank_agreement(
     found = dict(spearman=spearmanr(values.fall, values.bias), kendall=kendalltau(values.fall, values.bias))
     return pd.DataFrame({name:dict(correlation=float(o.statistic), p=float(o.pvalue), classes=len(values)) for name,o in found.items()}).T.astype({'classes':int})
 
-# %% ../nbs/64_analysis_bias.ipynb #c277985f
+# %% ../nbs/64_analysis_bias.ipynb #a8d3f417
 def _joined_names(values):
     "One text per group of points that nearly coincide: position and names."
     reach,groups = (values.max()-values.min()).clip(lower=1e-9),[]
@@ -117,6 +117,22 @@ def _joined_names(values):
         else: groups.append((row, [name]))
     return [(row, ', '.join(names)) for row,names in groups]
 
+def _write_names(ax, groups, size=7):
+    "Write names beside points, each where it covers least."
+    ax.figure.canvas.figure.draw_without_rendering() # Settles the layout, so that distances are known
+    points = [ax.transData.transform(tuple(row))*72/ax.figure.dpi for row,_ in groups]
+    taken = [(x-3, y-3, x+3, y+3) for x,y in points]
+    left,bottom,right,_ = ax.get_window_extent().extents*72/ax.figure.dpi
+    shared = lambda a,b: max(0, min(a[2], b[2])-max(a[0], b[0]))*max(0, min(a[3], b[3])-max(a[1], b[1]))
+    cost = lambda a: sum(shared(a, b) for b in taken)+size*(max(0, left-a[0])+max(0, a[2]-right)+max(0, bottom-a[1]))
+    for (row,names),(x,y) in zip(groups, points):
+        w = .55*size*len(names)
+        places = {(dx,dy):(x+dx, y+dy, x+dx+w, y+dy+size) for dy in (3,-2-size,-size/2,4+size,-3-2*size) for dx in (5,-5-w)}
+        best = min(places, key=lambda o: cost(places[o]))
+        taken.append(places[best])
+        ax.annotate(names, tuple(row), best, textcoords='offset points', fontsize=size)
+
+# %% ../nbs/64_analysis_bias.ipynb #c277985f
 def plot_proxy(
     values:pd.DataFrame, # What `proxy_values` gave
     ax=None, # Axes to draw into; None makes a figure
@@ -125,7 +141,6 @@ def plot_proxy(
     from matplotlib.figure import Figure
     if ax is None: ax = Figure(figsize=(4.5,3), layout='constrained').subplots()
     ax.scatter(values.fall, values.bias, s=24, color='#1f6f8b', zorder=3)
-    for row,names in _joined_names(values[['fall','bias']]): ax.annotate(names, (row.fall, row.bias), (4,3), textcoords='offset points', fontsize=7)
     for line in (ax.axhline, ax.axvline): line(0, color='#bbb', lw=.8, zorder=0)
     rho = rank_agreement(values).correlation['spearman'] if len(values)>2 else float('nan')
     ax.set_xlabel('proxy: fall when context is erased, points', fontsize=8)
@@ -133,5 +148,6 @@ def plot_proxy(
     ax.set_title(f"{len(values)} classes, rank correlation {rho:.2f}", fontsize=9)
     ax.margins(.12)
     ax.tick_params(labelsize=7)
+    _write_names(ax, _joined_names(values[['fall','bias']]))
     for side in ('top','right'): ax.spines[side].set_visible(False)
     return ax

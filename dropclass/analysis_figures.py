@@ -128,7 +128,7 @@ def to_picture(
     if normalize is not None: x = x*normalize.std[0].cpu()+normalize.mean[0].cpu()
     elif x.min()>=-.5 and x.max()<=1.5: pass
     elif x.min()>=0 and x.max()<=255: x = x/255
-    else: x = (x-x.min())/(x.max()-x.min())
+    else: x = (x-x.min())/(x.max()-x.min()).clamp(min=1e-9)
     x = x.expand(*x.shape[:-3], 3, *x.shape[-2:]) if x.shape[-3]==1 else x[..., :3, :, :]
     return x.clamp(0, 1).movedim(-3, -1)
 
@@ -147,9 +147,15 @@ def take_images(
     return found
 
 # %% ../nbs/63_analysis_figures.ipynb #9f2c6d98
+def _widest_pair(found):
+    "Labels of the two classes on which networks differ most, or None."
+    pixels = found.counts.sum((0,1))
+    pixels = (pixels+pixels.T).tril(-1)
+    return divmod(int(pixels.argmax()), len(pixels)) if pixels.any() else None
+
 def _pair_mask(pair, preds, target, spec):
     "Pixels (H,W) on which exactly one network is right and the other takes one class of the pair for the other."
-    i,j = (class_index(spec, o) for o in pair)
+    i,j = pair
     inside = ((target==i)|(target==j))&(target!=spec.ignore_index)
     swapped = [inside&((p==i)|(p==j))&(p!=target) for p in preds]
     right = [p==target for p in preds]
@@ -177,10 +183,10 @@ def plot_differences(
     from matplotlib.figure import Figure
     a,b,data = _open_both(base, other, data, spec, test)
     found = found or differences(a, b, data)
-    if pair is None and not len(found.pairs(1)): raise ValueError(f"{a.label} and {b.label} differ on no pixel that one of them gets right: there is nothing to show")
-    pair = pair or found.pairs(1).index[0].split(' / ')
-    numbers = found.images(pair, n)
-    if not numbers: raise ValueError(f"The networks do not differ on {pair[0]} and {pair[1]}: `Differences.pairs()` lists the pairs that they differ on")
+    pair = _widest_pair(found) if pair is None else tuple(class_index(a.spec, o) for o in pair)
+    if pair is None: raise ValueError(f"{a.label} and {b.label} differ on no pixel that one of them gets right: there is nothing to show")
+    numbers,names = found.images(pair, n),[a.spec.names[o] for o in pair]
+    if not numbers: raise ValueError(f"The networks do not differ on {' and '.join(names)}: `Differences.pairs()` lists the pairs that they differ on")
     images = take_images(data, numbers)
     fig = Figure(figsize=(8, 1.75*len(numbers)), layout='constrained')
     for axs,i in zip(fig.subplots(len(numbers), 4, squeeze=False), numbers):
@@ -192,7 +198,7 @@ def plot_differences(
             ax.imshow(panel, interpolation='nearest'); ax.axis('off')
             _draw_boxes(ax, boxes)
             if i==numbers[0]: ax.set_title(title, fontsize=9)
-    fig.suptitle(f'{pair[0]} / {pair[1]}', fontsize=9)
+    fig.suptitle(' / '.join(names), fontsize=9)
     return fig
 
 # %% ../nbs/63_analysis_figures.ipynb #94b7b684
@@ -293,6 +299,25 @@ def _draw_cam(ax, picture, cam, target, c):
     if (target==c).any() and not (target==c).all(): ax.contour((target==c).float(), levels=[.5], colors='#7fffd4', linewidths=.8)
     ax.axis('off')
 
+# %% ../nbs/63_analysis_figures.ipynb #5c1e77a4
+def _device_of(subject): return next(subject.model.parameters(), torch.empty(0)).device
+
+def _open_one_or_two(base, other, data, spec, test):
+    "One or two subjects in a list, and their images."
+    if other is None:
+        subject = open_model(base, spec)
+        return [subject],open_data(subject, data, test)
+    *nets,data = _open_both(base, other, data, spec, test)
+    return nets,data
+
+def _find_alikes(subject, data, c):
+    "The class that a network most often confuses with class c, in a list."
+    from dropclass.analysis_bias import look_alikes
+    from dropclass.analysis_context import image_counts
+    with torch.no_grad(), eval_mode(subject.model):
+        confusion = sum(image_counts(subject.model, x, y, subject.spec).sum(0) for x,y in iter_batches(data, _device_of(subject)))
+    return look_alikes(confusion.cpu(), subject.spec, c, 1)
+
 # %% ../nbs/63_analysis_figures.ipynb #4a8cac42
 def plot_grad_cam(
     base, # Run folder, `Run`, Learner, or network
@@ -319,23 +344,7 @@ def plot_grad_cam(
         picture = to_picture(x, data)
         axs[0].imshow(picture); axs[0].axis('off'); axs[0].set_title(f'{spec.names[c]} (outlined)', fontsize=8)
         for ax,(k,net) in zip(axs[1:], shown):
-            device = next(net.model.parameters()).device
-            cam = resize_logits(grad_cam(net.model, x[None].to(device), [k], mask, y[None], layer), y.shape)[0,0].cpu()
+            cam = resize_logits(grad_cam(net.model, x[None].to(_device_of(net)), [k], mask, y[None], layer), y.shape)[0,0].cpu()
             _draw_cam(ax, picture, cam, y, c)
             ax.set_title(f'{net.label}: {spec.names[k]}\n{100*_inside(cam, y, c):.0f} % inside', fontsize=8)
     return fig
-
-def _open_one_or_two(base, other, data, spec, test):
-    "One or two subjects in a list, and their images."
-    if other is None: return [open_model(base, spec)],open_data(open_model(base, spec), data, test)
-    *nets,data = _open_both(base, other, data, spec, test)
-    return nets,data
-
-def _find_alikes(subject, data, c):
-    "The class that a network most often confuses with class c, in a list."
-    from dropclass.analysis_bias import look_alikes
-    from dropclass.analysis_context import image_counts
-    device = next(subject.model.parameters(), torch.empty(0)).device
-    with torch.no_grad(), eval_mode(subject.model):
-        confusion = sum(image_counts(subject.model, x, y, subject.spec).sum(0) for x,y in iter_batches(data, device))
-    return look_alikes(confusion.cpu(), subject.spec, c, 1)

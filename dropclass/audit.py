@@ -164,6 +164,7 @@ class Example:
     image:int # Its number, counted from 0
     text:str # What is to be seen
     shots:dict # Name -> picture (H,W,3), float in 0..1 or bytes
+    erased:int|None=None # The class that was painted over
 
 def weak_examples(
     subjects:list, # One or two networks (`Subject`); the first decides
@@ -198,7 +199,7 @@ def erased_example(
     max_images:int|None=None, # Look at so many images; None takes all
     least:float=5., # Smallest fall, in points, that is worth a picture
     seed:int=0, # Seed of the noise
-) -> Example|None: # The image that shows the largest fall best, or None where no class falls
+) -> Example|None: # The image that shows the largest fall best, or None where no class falls, or no image holds both
     "Show the strongest habit in one image."
     spec,fall = subject.spec,100*context.fall()
     if not (fall.nan_to_num(nan=-1.)>=least).any(): return None
@@ -214,16 +215,17 @@ def erased_example(
             lost = int(((before==y_class)&(after!=y_class)&there.cpu()).sum())
             if best is None or lost>best[0]: best = lost,n+i,int(there.sum()),x[i],new,before,after
         n += len(x)
+    if best is None: return None
     lost,i,total,x,new,before,after = best
     names = spec.names[y_class],spec.names[gone]
     shots = dict(image=to_picture(x, data), before=colorize(before, spec), erased=to_picture(new, data), after=colorize(after, spec))
-    return Example(y_class, i, f"Image {i}: of {total} pixels of {names[0]}, {lost} are lost when {names[1]} is erased.", shots)
+    return Example(y_class, i, f"Image {i}: of {total} pixels of {names[0]}, {lost} are lost when {names[1]} is erased.", shots, gone)
 
 # %% ../nbs/65_audit.ipynb #3af08105
 RULES = dict(weak=50., rare=1., fall=5., lost=10., alike=.3, few=10) # IoU in %, pixels in %, points, % of the class, cosine, images
 
 _TRY = dict(
-    absent="Add labelled images of them: without any, neither a strength nor a weakness can be seen.",
+    absent="Add labelled images of such classes: without any, neither a strength nor a weakness can be seen.",
     fall="First see whether another fill shows it too. Then look at images of these classes in other surroundings, and add some to the training set; DropClass trains against such habits.",
     confused="Check their labels. If they are right, more and larger examples of both may help; if the use allows, treat the two as one class.",
     alike="Both are read off the same features. Examples that differ in nothing but the class may help; DropClass aims at this.",
@@ -461,8 +463,7 @@ def audit_summary(
         else: lines.append(of+f"no class falls by {RULES['fall']:.0f} points or more when another is erased.")
     if len(audit.networks)==2:
         a,b = audit.networks
-        steps = [o['difference'] for o in there]
-        mean = sum(steps)/len(steps)
+        steps,mean = [o['difference'] for o in there],_mean_rows(audit, rows)[0]['difference']
         lines.append(f"{b.label} is {abs(mean):.1f} points of mIoU {'ahead of' if mean>=0 else 'behind'} {a.label}, better on {sum(o>=.05 for o in steps)} and worse on {sum(o<=-.05 for o in steps)} of {len(steps)} classes.")
     return [o[0].upper()+o[1:] if len(audit.networks)==1 else o for o in lines]
 
@@ -508,7 +509,7 @@ def _example_dicts(audit):
     "Examples, with the names of their picture files."
     names = audit.spec.names
     def one(kind, e): return dict(image=e.image, text=e.text, files=[f'{kind}-{_slug(names[e.label])}-{e.image}-{_slug(o)}' for o in e.shots], **{'class':names[e.label]})
-    return [one('weak', e) for e in audit.examples],[{**one('erased', e), 'erased':e.text.split(' when ')[1].removesuffix(' is erased.')} for e in audit.erased]
+    return [one('weak', e) for e in audit.examples],[{**one('erased', e), 'erased':names[e.erased]} for e in audit.erased]
 
 @patch
 def to_dict(self:Audit
@@ -556,7 +557,11 @@ def shade(
     color = (178,24,43) if value>0 else (33,102,172)
     return f"background:rgb({','.join(str(round(255-(255-o)*depth)) for o in color)})"+(';color:#fff' if depth>.6 else '')
 
-def _number(value, digits=1, sign=False): return '' if value is None else f'{value:{"+" if sign else ""}.{digits}f}'.replace('-0.0', '0.0') if abs(value)>=.5*10**-digits or digits else '0' if value is not None else ''
+def _number(value, digits=1, sign=False):
+    "A number as text; None is empty, and what rounds to zero has no sign."
+    if value is None: return ''
+    text = f'{value:{"+" if sign else ""}.{digits}f}'
+    return text if float(text) else text.lstrip('+-')
 
 def matrix_view(
     matrix:list, # Rows of numbers or None (C,C)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['partial_keep', 'remaining_features', 'class_cams', 'reading_layer', 'DropView', 'read_without', 'view_drop',
-           'drop_caption', 'displayable', 'plot_drop', 'picture_bytes', 'image_pairs', 'drop_explorer', 'plan_drops',
-           'plan_caption', 'plot_plan', 'schedule_explorer', 'CellImage', 'predict_labels', 'behind_cell', 'plot_cell',
-           'cell_color', 'cell_caption', 'cell_buttons', 'colocation_explorer']
+           'drop_caption', 'plot_drop', 'picture_bytes', 'image_pairs', 'drop_explorer', 'plan_drops', 'plan_caption',
+           'plot_plan', 'schedule_explorer', 'CellImage', 'behind_cell', 'plot_cell', 'cell_color', 'cell_caption',
+           'cell_buttons', 'colocation_explorer']
 
 # %% ../nbs/66_widgets.ipynb #e376a787
 import io
@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from .analysis_context import Colocation, colocation, erase, image_stats, iter_batches, make_fill, open_data, open_model
+from .analysis_figures import predict_labels, to_picture
 from .core import ClassSpec, check_unit, class_index, colorize, eval_mode, step_generator
 from .features import class_scale, drop_features, dropped_class, sample_keep_mask
 from .head import find_classifier, get_head, kernel_of
@@ -119,14 +120,6 @@ def drop_caption(
     return f"{name}: {was.sum()} pixels predicted with all of it, {now.sum()} now; {others.sum()} pixels changed between other classes"
 
 # %% ../nbs/66_widgets.ipynb #c8775fdf
-def displayable(
-    image:Tensor, # Image (3,H,W), in 0..1 or normalised
-) -> Tensor: # Picture (H,W,3) in 0..1
-    "Bring an image into the range of a picture."
-    low,high = image.amin(),image.amax()
-    if low<-.5 or high>1.5: image = (image-low)/(high-low)
-    return image.clamp(0, 1).permute(1, 2, 0).cpu()
-
 def _show(ax, picture, title, **kwargs):
     ax.imshow(picture, interpolation='nearest', **kwargs)
     ax.set_title(title, fontsize=8)
@@ -145,7 +138,7 @@ def plot_drop(
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8, 3.1), layout='constrained')
     axs,name = fig.subplots(2, 4),spec.names[c]
-    _show(axs[0,0], displayable(image), 'image')
+    _show(axs[0,0], to_picture(image), 'image')
     _show(axs[1,0], colorize(target, spec), 'labels')
     top = before.features.abs().mean(0).max().clamp(min=1e-9),before.cams[c].max().clamp(min=1e-9)
     for row,view,when in zip(axs, (before, after), ('all classes', f'{amount:.0%} dropped')):
@@ -296,14 +289,6 @@ class CellImage(NamedTuple):
     after:Tensor # Predicted labels (H,W), X erased
     lost:int # Pixels of Y that were right before and are wrong then, less those the other way
 
-def predict_labels(
-    model:nn.Module, # A segmentation network
-    image:Tensor, # Image (3,H,W)
-) -> Tensor: # Labels (H,W)
-    "Label one image."
-    with torch.no_grad(), eval_mode(model): logits = pick_logits(model(image[None]))[0]
-    return resize_logits(logits, image.shape[-2:])[0].argmax(0)
-
 # %% ../nbs/66_widgets.ipynb #eb5059d0
 def behind_cell(
     model:nn.Module, # A segmentation network
@@ -320,9 +305,9 @@ def behind_cell(
     for i,(image,target) in enumerate(pairs):
         if not ((target==erased).any() and (target==looked).any()): continue
         without = erase(image, target==erased, paint, i)
-        before,after = predict_labels(model, image),predict_labels(model, without)
+        (before,after),target = (predict_labels(model, o[None])[0] for o in (image, without)),target.cpu()
         right = [((o==looked)&(target==looked)).sum().item() for o in (before, after)]
-        found.append(CellImage(i, *(o.cpu() for o in (image, without, target, before, after)), right[0]-right[1]))
+        found.append(CellImage(i, image.cpu(), without.cpu(), target, before, after, right[0]-right[1]))
     return sorted(found, key=lambda o: -o.lost)[:k]
 
 # %% ../nbs/66_widgets.ipynb #4a794c98
@@ -338,7 +323,7 @@ def plot_cell(
     h,w = found[0].target.shape
     fig = Figure(figsize=(8, .25+len(found)*min(2.6, 1.56*h/w+.2)), layout='constrained')
     for row,o in zip(fig.subplots(len(found), 5, squeeze=False), found):
-        pictures = displayable(o.image),colorize(o.target, spec),colorize(o.before, spec),displayable(o.erased),colorize(o.after, spec)
+        pictures = to_picture(o.image),colorize(o.target, spec),colorize(o.before, spec),to_picture(o.erased),colorize(o.after, spec)
         titles = f'image {o.number}','labels','prediction',f'{X} erased',f'{Y}: {o.lost} px lost'
         for ax,picture,title in zip(row, pictures, titles): _show(ax, picture, title)
     return fig
@@ -362,7 +347,7 @@ def cell_caption(
     "Say what a cell of the matrix holds."
     X,Y = counts.spec.names[erased],counts.spec.names[looked]
     before,after = (100*o[erased,looked].item() for o in (counts.iou_before(), counts.iou_after()))
-    seen = f"the {len(found)} images with both that lose most" if found else "no image holds both"
+    seen = f"the {len(found)} images with both that lose most" if len(found)>1 else "the image with both that loses most" if found else "no image holds both"
     return f"{X} erased: the IoU of {Y} goes from {before:.1f} to {after:.1f} % ({after-before:+.1f} points); {seen}"
 
 # %% ../nbs/66_widgets.ipynb #e4db416a

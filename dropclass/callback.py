@@ -22,7 +22,7 @@ from .data_core import class_counts
 from .features import cycled_class, dropped_class, sample_keep_mask
 from .fused import find_resize, fuses, resize_dropclass_loss
 from .head import add_dropclass, get_head, main_output, split_paths
-from .losses import check_void, choose_paths, drop_path_losses, get_ignore_index, total_loss
+from .losses import check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, total_loss, without_weights
 from .ranks import num_ranks, pixel_shares, shared_weights, sum_over_ranks
 from .schedules import as_schedule, global_step, schedule_value
 
@@ -39,11 +39,13 @@ class DropClassCallback(Callback):
         predict:str|None=None, # Path that predicts: 'auto', 'plain', 'drop' or 'mean'; None keeps the head's ('auto')
         detach:bool|None=None, # Stop gradients through the importance? None keeps the head's (no)
         start:str='random', # First weights of the compensation block: 'random' or 'identity'
+        norm_stats:str|None=None, # The block's running statistics come from 'all' batches or from 'whole' features; None keeps the head's ('all')
         never_drop=(), # Classes that are never dropped, by name or label: a background, say
         draw='uniform', # Which class is drawn: 'uniform' as Eq. (3), 'cycle' in shuffled rounds, 'present' in the batch, 'rare' more often, or one weight per class
         drop:str='class', # 'class', or 'random': a control that takes as much from random channels
         paths:str='both', # 'both' paths in every step, or 'sample' one of them: same gradient on average, at the cost of one
         normalize:str='valid', # Masked loss is a mean over 'valid' pixels, or over 'all' pixels as in Eq. (6)
+        masked_weights:bool=True, # Do class weights of the loss count in the masked loss, Eq. (6), too?
         per_epoch:bool=False, # Raise the schedules once per epoch, as the authors do, instead of every step?
         classifier:str|None=None, # Name of the model's classifier; None finds it
         probe:Tensor|None=None, # Batch of two images to find it with; None draws one that fits the first convolution
@@ -97,7 +99,7 @@ def fixed_weights(self:DropClassCallback): # One weight per class (C,); None dra
 @patch
 def setup_head(self:DropClassCallback) -> bool: # Was a head added?
     "Find the model's head, or add one, and hand it the callback's options."
-    options = {k:v for k in ('average','scale','predict','detach') if (v := getattr(self, k)) is not None}
+    options = {k:v for k in ('average','scale','predict','detach','norm_stats') if (v := getattr(self, k)) is not None}
     self.drop_head = get_head(self.model)
     added = self.drop_head is None
     if added:
@@ -159,6 +161,7 @@ def before_fit(self:DropClassCallback):
     if mixing: raise ValueError(f"{type(mixing[0]).__name__} blends the labels of two images, so no class can be masked: train without it, or without DropClassCallback")
     spec = getattr(self.dls, 'spec', None)
     if spec is not None: check_void(self.loss_func, spec.ignore_index)
+    if not self.masked_weights: without_weights(cross_entropy_options(self.loss_func), self.loss_func) # Fails before the first step, if at all
     if self.setup_head(): extend_optimizer(self.learn, self.drop_head)
     self.drop_head.to(next(self.model.parameters()).device)
     self.rows,self.fitting,self.valid_sums,self.routes = [],True,[0., 0., 0.],{}
@@ -294,7 +297,7 @@ def weigh_ranks(self:DropClassCallback) -> tuple: # lambda and alpha for this ra
     "Weigh this rank's losses by the pixels behind them, and keep the factor for the total."
     _,lam,alpha = self.step_paths
     among = isinstance(self.learn.model, DistributedDataParallel)
-    shares = pixel_shares(self.yb[0], self.loss_func, self.now['dropped_class'], self.normalize) if among else (1.,1.)
+    shares = pixel_shares(self.yb[0], self.loss_func, self.now['dropped_class'], self.normalize, self.masked_weights) if among else (1.,1.)
     factor,lam,alpha = shared_weights(lam, alpha, *shares)
     self.factors = (*shares, 1., factor) # Of the plain, the masked, the suppression and the total loss
     return lam,alpha
@@ -314,7 +317,7 @@ def small_losses(self:DropClassCallback) -> tuple: # Total loss and its parts pl
     "Put prediction and target back, and compute the total loss from the small logits."
     self.learn.pred,self.learn.yb = self.small_logits,self.full_yb
     z = None if self.step_paths.path=='plain' else self.now['dropped_class']
-    total,parts = resize_dropclass_loss(self.plain_logits, self.drop_logits, self.yb[0], z, *self.weigh_ranks(), **self.small)
+    total,parts = resize_dropclass_loss(self.plain_logits, self.drop_logits, self.yb[0], z, *self.weigh_ranks(), masked_weights=self.masked_weights, **self.small)
     self.small_logits = self.plain_logits = self.full_yb = None
     return (total,*parts)
 
@@ -327,7 +330,7 @@ def stacked_losses(self:DropClassCallback) -> tuple: # Total loss and its parts 
     lam,alpha = self.weigh_ranks()
     missing = plain.new_full((), float('nan'))
     if path=='plain': return total_loss(plain, None, None, lam, alpha),plain,missing,missing
-    masked,suppression = drop_path_losses(self.drop_logits, target, self.keep_mask, self.loss_func, self.normalize)
+    masked,suppression = drop_path_losses(self.drop_logits, target, self.keep_mask, self.loss_func, self.normalize, self.masked_weights)
     if path=='drop': return total_loss(None, masked, suppression, lam, alpha),missing,masked,suppression
     return total_loss(plain, masked, suppression, lam, alpha),plain,masked,suppression
 

@@ -218,16 +218,17 @@ def lr_schedule(
 
 # %% ../nbs/70_experiment.ipynb #28a57740
 def read_schedule(
-    value, # 'linear', 'hold:SHARE', or a number
+    value, # 'linear'; 'hold:SHARE' reaches 1 at that share of training; 'cap:VALUE' rises to that value only; or a number
     name:str='lam', # Name for errors
 ): # Schedule, as `DropClassCallback` takes it
     "Turn a written schedule into a callable."
     if isinstance(value, (int,float)): return check_unit(value, name)
     if value=='linear': return SchedLin(0, 1)
-    if isinstance(value, str) and value.startswith('hold:'):
-        try: return hold_ramp(until=float(value[5:]))
-        except ValueError as e: raise ValueError(f"`{name}` is {value!r}: write 'hold:SHARE' with a share in (0,1], 'hold:0.8' say") from e
-    raise ValueError(f"`{name}` must be 'linear', 'hold:SHARE' or a number in [0,1], got {value!r}")
+    kind,_,number = str(value).partition(':')
+    if kind in ('hold','cap'):
+        try: return hold_ramp(until=float(number)) if kind=='hold' else hold_ramp(end=float(number), until=1.)
+        except ValueError as e: raise ValueError(f"`{name}` is {value!r}: write '{kind}:' and a number in (0,1], '{kind}:0.8' say") from e
+    raise ValueError(f"`{name}` must be 'linear', 'hold:SHARE', 'cap:VALUE' or a number in [0,1], got {value!r}")
 
 def make_method(
     config:Config, # The run

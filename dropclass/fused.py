@@ -358,15 +358,17 @@ def resize_dropclass_loss(
     dropped_class:int|None, # The dropped class z; None drops nothing
     lam:float, # Weight of the drop path, lambda, in [0,1]
     alpha:float=10., # Weight of the suppression term, at least 0
+    masked_weights:bool=True, # Do the class weights count in Eq. (6) too?
     **options, # `weight`, `ignore_index`, `label_smoothing`, `normalize`, `align_corners`, `tile`, as in `resize_cross_entropy`
 ) -> tuple: # Total loss, Eq. (9), and its parts (3,): plain, masked, suppression (not differentiable)
     "Compute the total loss of a training step from the small logits of both paths."
     lam = check_unit(lam, 'lam')
     if not alpha>=0: raise ValueError(f"`alpha` must be at least 0, got {alpha}: 10 is the paper's, 0 turns the suppression off")
     defaults = dict(normalize='valid', align_corners=False)
-    paths = [('logits', logits, (1-lam, 0.), None), ('drop_logits', drop_logits, (lam, 0. if dropped_class is None else float(alpha)), dropped_class)]
+    masked = options if masked_weights else {**options, 'weight':None}
+    paths = [('logits', logits, (1-lam, 0.), None, options), ('drop_logits', drop_logits, (lam, 0. if dropped_class is None else float(alpha)), dropped_class, masked)]
     total,parts = 0.,[]
-    for name,x,mixture,z in paths:
+    for name,x,mixture,z,options in paths:
         if x is None and any(mixture): raise ValueError(f"`{name}` is None, but its path has a weight at lam={lam}, alpha={alpha}, dropped_class={dropped_class}: pass the logits")
         losses,part = (None,target.new_full((2,), float('nan'), dtype=torch.float32)) if x is None else _apply(x, target, [mixture], z, **{**defaults, **options})
         total = total if x is None else total+losses[0]

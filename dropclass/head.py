@@ -86,12 +86,14 @@ class DropClassHead(nn.Module):
         dims:int=2, # Spatial axes of the features; only asked where the classifier is no convolution
         beside=(), # Other convolutions whose scores are added to the classifier's, see "Two classifiers in one"
         start:str='random', # First weights of the compensation block: 'random' or 'identity'
+        norm_stats:str='all', # The block's running statistics describe 'all' training batches, or 'whole' features only: nothing dropped, as in prediction
         seed:int=0, # Seed of the compensation block's weights
     ):
         super().__init__()
         self.average = check_choice(average, ['all','kept'], 'average')
         self.scale = check_choice(scale, ['unit','raw'], 'scale')
         self.predict = check_choice(predict, ['auto','plain','drop','mean'], 'predict')
+        self.norm_stats = check_choice(norm_stats, ['all','whole'], 'norm_stats')
         self.form = check_choice(form or ('closed form' if has_kernel(classifier) else 'autograd'), ['closed form','autograd'], 'form')
         self.detach,self.signed,self.beside = detach,signed,tuple(beside)
         self.keep_mask,self.both_in_eval = None,False # Armed by which mask; both paths in evaluation too?
@@ -145,20 +147,43 @@ def importance(self:DropClassHead,
 
 # %% ../nbs/20_head.ipynb #1a21d6c8
 @patch
+def mix_features(self:DropClassHead,
+    features:Tensor, # Features (N,K,h1,w1)
+    keep_mask:Tensor, # Mask (C,), 1 = kept
+    shuffle:Tensor|None=None, # Order of the channels (K,) for the control of `class_scale`
+) -> Tensor: # Mixed channels (N,K,h1,w1)
+    "Drop a class, and run the block's convolution."
+    mix,importance = self.compensation[0],self.importance(features)
+    if self.form=='closed form' and not self.signed:
+        positive,_ = class_scale(importance, keep_mask, self.average, self.scale, shuffle)
+        weight = mix.weight*positive.view(1, -1, *[1]*(mix.weight.dim()-2))
+        return mix._conv_forward(features, weight.to(mix.weight.dtype), None)
+    return mix(drop_features(features, importance, keep_mask, self.average, self.scale, signed=self.signed, shuffle=shuffle))
+
+# %% ../nbs/20_head.ipynb #86835934
+@contextlib.contextmanager
+def still_stats(
+    norm:_BatchNorm, # A BatchNorm in training mode
+): # Nothing; the momentum is back when the block ends
+    "Normalise by the batch without moving the running statistics."
+    before,norm.momentum = norm.momentum,0.
+    try: yield
+    finally: norm.momentum = before
+
+# %% ../nbs/20_head.ipynb #07694d75
+@patch
 def drop_logits(self:DropClassHead,
     features:Tensor, # Features (N,K,h1,w1)
     keep_mask:Tensor|None=None, # Mask (C,), 1 = kept; None keeps all classes
 ) -> Tensor: # Logits of the drop path (N,C,h1,w1)
     "Predict from the features of the kept classes."
-    importance = self.importance(features)
-    keep_mask = torch.ones(self.num_classes, device=features.device) if keep_mask is None else keep_mask.to(features.device)
-    mix,norm,act = self.compensation
-    if self.form=='closed form' and not self.signed:
-        positive,_ = class_scale(importance, keep_mask, self.average, self.scale, self.shuffle)
-        weight = mix.weight*positive.view(1, -1, *[1]*(mix.weight.dim()-2))
-        mixed = mix._conv_forward(features, weight.to(mix.weight.dtype), None)
-    else: mixed = mix(drop_features(features, importance, keep_mask, self.average, self.scale, signed=self.signed, shuffle=self.shuffle))
-    return self.classify(act(norm(mixed)))
+    whole = torch.ones(self.num_classes, device=features.device)
+    keep_mask = whole if keep_mask is None else keep_mask.to(features.device)
+    _,norm,act = self.compensation
+    mixed = self.mix_features(features, keep_mask, self.shuffle)
+    if self.norm_stats=='all' or not norm.training: return self.classify(act(norm(mixed)))
+    with torch.no_grad(): norm(self.mix_features(features, whole)) # Moves the running statistics
+    with still_stats(norm): return self.classify(act(norm(mixed)))
 
 # %% ../nbs/20_head.ipynb #0f5ac618
 def eps_share(

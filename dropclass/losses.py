@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['plain_tensor', 'loss_input', 'get_ignore_index', 'check_void', 'cross_entropy_options', 'pixel_loss_sum',
            'pixel_count', 'pixel_loss', 'no_reduction', 'per_pixel_loss', 'masked_target', 'other_loss',
-           'segmentation_loss', 'mean_prob', 'suppression_loss', 'drop_path_losses', 'total_loss', 'StepPaths',
-           'choose_paths', 'dropclass_loss']
+           'segmentation_loss', 'mean_prob', 'suppression_loss', 'without_weights', 'drop_path_losses', 'total_loss',
+           'StepPaths', 'choose_paths', 'dropclass_loss']
 
 # %% ../nbs/12_losses.ipynb #8911a4f7
 import inspect
@@ -216,6 +216,16 @@ def suppression_loss(
     if drop_logits.dtype in (torch.float16, torch.bfloat16): drop_logits = drop_logits.float()
     return mean_prob(F.log_softmax(drop_logits, 1), dropped_class)
 
+# %% ../nbs/12_losses.ipynb #c9ddf9da
+def without_weights(
+    options:dict|None, # Settings of the cross-entropy, from `cross_entropy_options`
+    base_loss=None, # The loss they were read from, for the error
+) -> dict: # The same without class weights
+    "Take the class weights out of a cross-entropy."
+    if options is not None: return {**options, 'weight':None}
+    name = getattr(base_loss, '__name__', type(base_loss).__name__)
+    raise ValueError(f"{name} is no cross-entropy, so its class weights cannot be left out of the masked loss: use nn.CrossEntropyLoss, or `masked_weights=True`")
+
 # %% ../nbs/12_losses.ipynb #daef98d6
 def drop_path_losses(
     drop_logits:Tensor, # Logits of the drop path (N,C,h,w), any float type
@@ -223,6 +233,7 @@ def drop_path_losses(
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     base_loss=None, # The pixel loss; None is cross-entropy that ignores 255
     normalize:str='valid', # 'valid': mean over the pixels that count; 'all': divided by N*h*w
+    masked_weights:bool=True, # Do class weights of the loss count in Eq. (6) too?
 ) -> tuple: # Two scalars: masked loss of Eq. (6), suppression of Eq. (8)
     "Compute both losses of the drop path."
     drop_logits,target = loss_input(drop_logits, target)
@@ -230,6 +241,7 @@ def drop_path_losses(
         raise ValueError(f"`keep_mask` has {len(keep_mask)} entries for {drop_logits.shape[1]} classes: draw it with num_classes={drop_logits.shape[1]}")
     z = find_dropped_class(keep_mask)
     options = cross_entropy_options(base_loss) if base_loss is not None else cross_entropy_options(nn.CrossEntropyLoss(ignore_index=VOID))
+    if not masked_weights: options = without_weights(options, base_loss)
     if options is None: return other_loss(drop_logits, target, base_loss, z, normalize), suppression_loss(drop_logits, z)
     log_probs = F.log_softmax(drop_logits, 1)
     return pixel_loss(log_probs, masked_target(target, z, options['ignore_index']), options, normalize), mean_prob(log_probs, z)
@@ -280,6 +292,7 @@ def dropclass_loss(
     alpha:float=10., # Weight of the suppression term, at least 0
     base_loss=None, # The pixel loss; None is cross-entropy that ignores 255
     normalize:str='valid', # 'valid': mean over the pixels that count; 'all': divided by N*h*w
+    masked_weights:bool=True, # Do class weights of the loss count in Eq. (6) too?
 ) -> Tensor: # Scalar to minimise
     "Compute the total loss of a training step."
     plain,drop = None,(None, None)
@@ -287,5 +300,5 @@ def dropclass_loss(
     for name,given in (('plain', logits), ('drop', drop_logits)):
         if given is None and needed in (name, 'both'): raise ValueError(f"The {name} path has a weight at lam={lam}, alpha={alpha}, so its logits cannot be None: let it run, or change the weights")
     if logits is not None: plain = segmentation_loss(logits, target, base_loss, normalize=normalize)
-    if drop_logits is not None: drop = drop_path_losses(drop_logits, target, keep_mask, base_loss, normalize)
+    if drop_logits is not None: drop = drop_path_losses(drop_logits, target, keep_mask, base_loss, normalize, masked_weights)
     return total_loss(plain, *drop, lam=lam, alpha=0. if drop_logits is None else alpha)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['predicted_labels', 'confusion_matrix', 'class_iou', 'absent_classes', 'mean_iou', 'pixel_accuracy', 'rare_classes',
-           'own_rows', 'evaluate', 'per_class_table', 'ConfusionCounts', 'CountsMetric', 'MeanIoU', 'PixelAccuracy',
-           'RareMeanIoU', 'ClassIoU', 'segmentation_metrics']
+           'confused_weights', 'own_rows', 'evaluate', 'per_class_table', 'ConfusionCounts', 'CountsMetric', 'MeanIoU',
+           'PixelAccuracy', 'RareMeanIoU', 'ClassIoU', 'segmentation_metrics']
 
 # %% ../nbs/50_metrics.ipynb #40e4bcc7
 import pandas as pd
@@ -88,6 +88,17 @@ def rare_classes(
     if counts.ndim!=1 or not bool((counts>=0).all()):
         raise ValueError(f"`pixel_counts` must be one number of at least 0 per class, got {counts.tolist()}: count the training masks, not a batch")
     return counts.argsort(stable=True)[:len(counts)//2].tolist()
+
+# %% ../nbs/50_metrics.ipynb #3fa8cf87
+def confused_weights(
+    confusion:Tensor, # Pixel counts (C,C), truth in rows
+) -> Tensor: # One weight per class (C,), float64, sum 1; alike for all where nothing is confused
+    "Weigh each class by the mistakes it takes part in."
+    counts = torch.as_tensor(confusion).double()
+    shares = counts/counts.sum(1, keepdim=True).clamp(min=1)
+    shares.fill_diagonal_(0)
+    weights = shares.sum(0)+shares.sum(1)
+    return weights/weights.sum() if weights.any() else torch.full_like(weights, 1/len(weights))
 
 # %% ../nbs/50_metrics.ipynb #27f42c0e
 def own_rows(

@@ -136,8 +136,9 @@ def check_loss_fits(
     options:dict, # Options of `DropClassCallback`
 ):
     "Refuse a loss that DropClass's options cannot work with."
-    if name!='ce' and options.get('normalize', 'valid')!='valid':
-        raise ValueError(f"`normalize={options['normalize']!r}` needs a loss that is a sum over pixels, and {name!r} is none: leave out `normalize`, or use loss='ce'")
+    for option,default in (('normalize', 'valid'), ('masked_weights', True)):
+        if name!='ce' and options.get(option, default)!=default:
+            raise ValueError(f"`{option}={options[option]!r}` takes a cross-entropy apart into its pixels, which loss={name!r} does not allow: leave out `{option}`, or use loss='ce'")
 
 # %% ../nbs/16_baselines.ipynb #89343553
 class IgnoreLabelCallback(Callback):

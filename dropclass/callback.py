@@ -401,18 +401,18 @@ def plot_schedule(self:DropClassCallback,
 ): # The axes
     "Plot both schedules, and a mark for every step that dropped a class."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(7,2.4))[1]
-    table = self.history
+    num_classes,table = len(self.names),self.history
+    ax = ax or plt.subplots(figsize=(7, min(max(2.4, .2*num_classes), 6)), layout='constrained')[1]
     ax.plot(table.step, table.lam, label='lam')
     ax.plot(table.step, table.drop_prob, '--', label='drop_prob')
     rows = table[table.dropped_class.notna()]
-    heights = [self.names.index(o)/max(len(self.names)-1, 1) for o in rows.dropped_class]
-    ax.scatter(rows.step, heights, s=8, color='k', alpha=.4, label='dropped class')
+    heights = [self.names.index(o)/max(num_classes-1, 1) for o in rows.dropped_class]
+    ax.scatter(rows.step, heights, marker='|', s=24, lw=.8, color='k', alpha=.5, label='dropped class')
     ax.set(xlabel='step', ylabel='value', ylim=(-.05, 1.05))
     other = ax.secondary_yaxis('right')
-    shown = range(0, len(self.names), max(len(self.names)//12, 1))
-    other.set_yticks([i/max(len(self.names)-1, 1) for i in shown], [self.names[i] for i in shown], fontsize=7)
-    ax.legend(frameon=False, loc='upper left', fontsize=8)
+    shown = range(0, num_classes, -(-num_classes//30)) # All names, or so many that they stay readable
+    other.set_yticks([i/max(num_classes-1, 1) for i in shown], [self.names[i] for i in shown], fontsize=7)
+    ax.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
     return ax
 
 @patch

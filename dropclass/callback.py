@@ -6,6 +6,8 @@
 __all__ = ['DropClassCallback', 'class_names', 'extend_optimizer']
 
 # %% ../nbs/30_callback.ipynb #d02fc619
+import warnings
+
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -33,7 +35,7 @@ class DropClassCallback(Callback):
     def __init__(self,
         lam=SchedLin(0, 1), # Weight of the drop path's loss, Eq. (7): a fastai annealer, any callable [0,1] -> [0,1], or a number
         drop_prob=SchedLin(0, 1), # Probability that a class is dropped in a step; as `lam`
-        alpha:float=10., # Weight of the suppression loss, Eq. (9); 0 leaves it out
+        alpha:float=1., # Weight of the suppression loss, Eq. (9), 10 in the paper; 0 leaves it out
         average:str|None=None, # Divide by 'all' classes, Eq. (4), or the 'kept' ones; None keeps the head's ('all')
         scale:str|None=None, # 'unit' or 'raw' channel scale; None keeps the head's ('unit')
         predict:str|None=None, # Path that predicts: 'auto', 'plain', 'drop' or 'mean'; None keeps the head's ('auto')
@@ -150,6 +152,15 @@ def tidy(self:DropClassCallback):
     self.disarm()
     self.remove_columns()
 
+# %% ../nbs/30_callback.ipynb #859d2693
+@patch
+def warn_alpha(self:DropClassCallback):
+    "Warn where the suppression outweighs the cross-entropy of a class's own pixels."
+    most = len(self.droppable)-1
+    if self.alpha<=max(most, 1): return
+    warnings.warn(f"alpha={self.alpha:g} is much for {most+1} classes: as long as its features do not tell which class was dropped, the network gets no surer of a class than {most/self.alpha:.0%}. "
+                  f"Take less than {max(most, 1)}; 1 is the default")
+
 # %% ../nbs/30_callback.ipynb #4d110dc6
 @patch
 def before_fit(self:DropClassCallback):
@@ -163,6 +174,7 @@ def before_fit(self:DropClassCallback):
     if spec is not None: check_void(self.loss_func, spec.ignore_index)
     if not self.masked_weights: without_weights(cross_entropy_options(self.loss_func), self.loss_func) # Fails before the first step, if at all
     if self.setup_head(): extend_optimizer(self.learn, self.drop_head)
+    self.warn_alpha()
     self.drop_head.to(next(self.model.parameters()).device)
     self.rows,self.fitting,self.valid_sums,self.routes = [],True,[0., 0., 0.],{}
     self.add_columns()

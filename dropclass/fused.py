@@ -357,7 +357,7 @@ def resize_dropclass_loss(
     target:Tensor, # Labels (N,h,w); the logits are resized to their size
     dropped_class:int|None, # The dropped class z; None drops nothing
     lam:float, # Weight of the drop path, lambda, in [0,1]
-    alpha:float=10., # Weight of the suppression term, at least 0
+    alpha:float=1., # Weight of the suppression term, at least 0; the paper's is 10
     masked_weights:bool=True, # Do the class weights count in Eq. (6) too?
     **options, # `weight`, `ignore_index`, `label_smoothing`, `normalize`, `align_corners`, `tile`, as in `resize_cross_entropy`
 ) -> tuple: # Total loss, Eq. (9), and its parts (3,): plain, masked, suppression (not differentiable)

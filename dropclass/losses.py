@@ -252,7 +252,7 @@ def total_loss(
     masked:Tensor|None, # Masked loss of the drop path, Eq. (6), scalar; None if `lam` is 0
     suppression:Tensor|None, # Suppression term, Eq. (8), scalar; None if `alpha` is 0
     lam:float, # Weight of the drop path, lambda, in [0,1]
-    alpha:float=10., # Weight of the suppression term, at least 0
+    alpha:float=1., # Weight of the suppression term, at least 0; the paper's is 10
 ) -> Tensor: # Scalar to minimise
     "Blend the three terms, Eq. (7) and (9); a term of weight 0 may be missing."
     lam = check_unit(lam, 'lam')
@@ -272,7 +272,7 @@ class StepPaths(NamedTuple):
 def choose_paths(
     lam:float, # Weight of the drop path, lambda, in [0,1]
     dropped_class:int|None, # The dropped class z; None if all are kept
-    alpha:float=10., # Weight of the suppression term, at least 0
+    alpha:float=1., # Weight of the suppression term, at least 0; the paper's is 10
     sample:bool=False, # Run one path only, drawn with probability `lam` for the drop path?
     generator:torch.Generator|None=None, # Random source of that draw; None is the global one
 ) -> StepPaths: # Which paths, and their weights
@@ -289,7 +289,7 @@ def dropclass_loss(
     target:Tensor, # Labels (N,h,w)
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     lam:float, # Weight of the drop path, lambda, in [0,1]
-    alpha:float=10., # Weight of the suppression term, at least 0
+    alpha:float=1., # Weight of the suppression term, at least 0; the paper's is 10
     base_loss=None, # The pixel loss; None is cross-entropy that ignores 255
     normalize:str='valid', # 'valid': mean over the pixels that count; 'all': divided by N*h*w
     masked_weights:bool=True, # Do class weights of the loss count in Eq. (6) too?

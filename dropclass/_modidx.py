@@ -346,8 +346,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'dropclass/callback.py'),
                                     'dropclass.callback.DropClassCallback.valid_losses': ( 'callback.html#dropclasscallback.valid_losses',
                                                                                            'dropclass/callback.py'),
-                                    'dropclass.callback.DropClassCallback.warn_alpha': ( 'callback.html#dropclasscallback.warn_alpha',
-                                                                                         'dropclass/callback.py'),
                                     'dropclass.callback.DropClassCallback.weigh_ranks': ( 'callback.html#dropclasscallback.weigh_ranks',
                                                                                           'dropclass/callback.py'),
                                     'dropclass.callback.DropClassCallback.why_full': ( 'callback.html#dropclasscallback.why_full',

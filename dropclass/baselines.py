@@ -136,9 +136,9 @@ def check_loss_fits(
     options:dict, # Options of `DropClassCallback`
 ):
     "Refuse a loss that DropClass's options cannot work with."
-    for option,default in (('normalize', 'valid'), ('masked_weights', True)):
+    for option,default,need in (('normalize', 'valid', 'a loss that is a sum over pixels'), ('masked_weights', True, 'a cross-entropy, whose class weights can be left out')):
         if name!='ce' and options.get(option, default)!=default:
-            raise ValueError(f"`{option}={options[option]!r}` takes a cross-entropy apart into its pixels, which loss={name!r} does not allow: leave out `{option}`, or use loss='ce'")
+            raise ValueError(f"`{option}={options[option]!r}` needs {need}, and loss={name!r} is not known for that: leave out `{option}`, or use loss='ce'")
 
 # %% ../nbs/16_baselines.ipynb #89343553
 class IgnoreLabelCallback(Callback):

@@ -6,8 +6,6 @@
 __all__ = ['DropClassCallback', 'class_names', 'extend_optimizer']
 
 # %% ../nbs/30_callback.ipynb #d02fc619
-import warnings
-
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -23,7 +21,7 @@ from .core import check_choice, eval_mode, step_generator
 from .data_core import class_counts
 from .features import cycled_class, dropped_class, sample_keep_mask
 from .fused import find_resize, fuses, resize_dropclass_loss
-from .head import add_dropclass, get_head, main_output, split_paths
+from .head import HEAD_OPTIONS, add_dropclass, get_head, main_output, split_paths
 from .losses import check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, total_loss, without_weights
 from .ranks import num_ranks, pixel_shares, shared_weights, sum_over_ranks
 from .schedules import as_schedule, global_step, schedule_value
@@ -57,6 +55,8 @@ class DropClassCallback(Callback):
     ):
         if alpha<0: raise ValueError(f"`alpha` must be 0 or more, got {alpha}")
         for name,value,choices in (('normalize', normalize, ('valid','all')), ('drop', drop, ('class','random')), ('paths', paths, ('both','sample'))): check_choice(value, choices, name)
+        for name,value,choices in (('average', average, ('all','kept')), ('scale', scale, ('unit','raw')), ('predict', predict, ('auto','plain','drop','mean')), ('norm_stats', norm_stats, ('all','whole'))):
+            if value is not None: check_choice(value, choices, name) # A head that is there already takes what it is given
         if isinstance(draw, str): check_choice(draw, ('uniform','cycle','present','rare'), 'draw')
         lam,drop_prob = as_schedule(lam, 'lam'),as_schedule(drop_prob, 'drop_prob')
         never_drop = (never_drop,) if isinstance(never_drop, (str,int)) else tuple(never_drop)
@@ -101,7 +101,7 @@ def fixed_weights(self:DropClassCallback): # One weight per class (C,); None dra
 @patch
 def setup_head(self:DropClassCallback) -> bool: # Was a head added?
     "Find the model's head, or add one, and hand it the callback's options."
-    options = {k:v for k in ('average','scale','predict','detach','norm_stats') if (v := getattr(self, k)) is not None}
+    options = {k:v for k in HEAD_OPTIONS if (v := getattr(self, k)) is not None}
     self.drop_head = get_head(self.model)
     added = self.drop_head is None
     if added:
@@ -152,15 +152,6 @@ def tidy(self:DropClassCallback):
     self.disarm()
     self.remove_columns()
 
-# %% ../nbs/30_callback.ipynb #859d2693
-@patch
-def warn_alpha(self:DropClassCallback):
-    "Warn where the suppression outweighs the cross-entropy of a class's own pixels."
-    most = len(self.droppable)-1
-    if self.alpha<=max(most, 1): return
-    warnings.warn(f"alpha={self.alpha:g} is much for {most+1} classes: as long as its features do not tell which class was dropped, the network gets no surer of a class than {most/self.alpha:.0%}. "
-                  f"Take less than {max(most, 1)}; 1 is the default")
-
 # %% ../nbs/30_callback.ipynb #4d110dc6
 @patch
 def before_fit(self:DropClassCallback):
@@ -174,7 +165,6 @@ def before_fit(self:DropClassCallback):
     if spec is not None: check_void(self.loss_func, spec.ignore_index)
     if not self.masked_weights: without_weights(cross_entropy_options(self.loss_func), self.loss_func) # Fails before the first step, if at all
     if self.setup_head(): extend_optimizer(self.learn, self.drop_head)
-    self.warn_alpha()
     self.drop_head.to(next(self.model.parameters()).device)
     self.rows,self.fitting,self.valid_sums,self.routes = [],True,[0., 0., 0.],{}
     self.add_columns()

@@ -224,7 +224,7 @@ def train(
     num_workers:int=None, # Processes that load images (0)
     valid_every:int=None, # Validate after every so many epochs, and after the last (1)
     threads:int=None, # CPU threads; 0 leaves PyTorch's choice (0)
-    dropclass:str=None, # Options of DropClassCallback as KEY=VALUE,...: alpha=10,lam=hold:0.8,scale=raw,predict=plain
+    dropclass:str=None, # Options of DropClassCallback as KEY=VALUE,...: alpha=3,lam=hold:0.8,draw=rare,predict=plain
     data_options:str=None, # Options of the data set as KEY=VALUE,...: n_train=120,bias=0.95 for scenes
     no_pretrained:bool=False, # Start a recipe without ImageNet weights
     loss:str=None, # Pixel loss: ce, focal, dice_ce, lovasz or ohem (ce)

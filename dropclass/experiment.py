@@ -43,7 +43,7 @@ from .callback import DropClassCallback
 from .core import ClassSpec, check_choice, check_unit, colorize
 from .data_core import class_counts, median_frequency_weights
 from .data_sampling import RareClassDL, ResampledDL
-from .head import add_dropclass, get_head
+from .head import HEAD_OPTIONS, add_dropclass, get_head
 from .metrics import class_iou, evaluate, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
 from .models import create_model
 from .ranks import from_first, gather_ranks, is_first, joined, num_ranks
@@ -146,6 +146,7 @@ def config_hash(
     "Identify what decides the result of a run."
     default = asdict(Config())
     decisive = {k:v for k,v in asdict(config).items() if k in _FIRST_FIELDS or (k!='path' and v!=default[k])}
+    if config.method=='dropclass': decisive['dropclass'] = {'alpha':1., **config.dropclass} # No options meant 10 before that default changed
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
 # %% ../nbs/70_experiment.ipynb #a6d174b9
@@ -232,7 +233,7 @@ def read_schedule(
     kind,_,number = str(value).partition(':')
     if kind in ('hold','cap'):
         try: return hold_ramp(until=float(number)) if kind=='hold' else hold_ramp(end=float(number), until=1.)
-        except ValueError as e: raise ValueError(f"`{name}` is {value!r}: write '{kind}:' and a number in (0,1], '{kind}:0.8' say") from e
+        except ValueError as e: raise ValueError(f"`{name}` is {value!r}: write '{kind}:' and a number up to 1, '{kind}:0.8' say") from e
     raise ValueError(f"`{name}` must be 'linear', 'hold:SHARE', 'cap:VALUE' or a number in [0,1], got {value!r}")
 
 def make_method(
@@ -586,7 +587,7 @@ class Run:
         "Rebuild the network with its trained weights, in evaluation mode."
         model = create_model(self.config.arch, len(self.spec))
         if self.config.method in ('dropclass','no_drop'):
-            options = {k:self.config.dropclass[k] for k in ('average','scale','predict','detach') if k in self.config.dropclass}
+            options = {k:self.config.dropclass[k] for k in HEAD_OPTIONS if k in self.config.dropclass}
             add_dropclass(model, len(self.spec), self.config.dropclass.get('classifier'), **options)
         model.load_state_dict(load_file(self.folder/'weights.safetensors'))
         return model.eval()

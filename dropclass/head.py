@@ -27,6 +27,7 @@ from .features import class_scale, drop_features
 from .models import pick_logits
 
 # %% ../nbs/20_head.ipynb #430deec6
+HEAD_OPTIONS = ('average','scale','predict','detach','norm_stats') # What may be changed on a head that is there already
 _CONVS = {nn.Conv1d:nn.BatchNorm1d, nn.Conv2d:nn.BatchNorm2d, nn.Conv3d:nn.BatchNorm3d}
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _conv_kind(module): return next((o for o in _CONVS if isinstance(module, o)), None)
@@ -181,7 +182,7 @@ def drop_logits(self:DropClassHead,
     keep_mask = whole if keep_mask is None else keep_mask.to(features.device)
     _,norm,act = self.compensation
     mixed = self.mix_features(features, keep_mask, self.shuffle)
-    if self.norm_stats=='all' or not norm.training: return self.classify(act(norm(mixed)))
+    if self.norm_stats=='all' or not norm.training or keep_mask is whole: return self.classify(act(norm(mixed)))
     with torch.no_grad(): norm(self.mix_features(features, whole)) # Moves the running statistics
     with still_stats(norm): return self.classify(act(norm(mixed)))
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['IMAGE_ENDINGS', 'RunFiles', 'read_run', 'run_labels', 'pick_path', 'check_comparable', 'comparison',
            'describe_comparison', 'format_comparison', 'show_comparison', 'plot_comparison', 'save_comparison',
-           'group_arms', 'paired_difference', 'compare_arms', 'describe_arms', 'format_arms', 'plot_arms',
-           'find_images', 'predict_mask', 'predict_images']
+           'group_arms', 'paired_difference', 'arm_difference', 'compare_arms', 'describe_arms', 'difference_text',
+           'format_arms', 'plot_arms', 'find_images', 'predict_mask', 'predict_images']
 
 # %% ../nbs/71_compare.ipynb #202b62b9
 import json
@@ -308,6 +308,21 @@ def paired_difference(
     reach = [t.ppf((1+level)/2, k-1)*s/math.sqrt(k) if k>1 else math.nan for k,s in zip(n, d.std(axis=1))]
     return pd.DataFrame(dict(difference=d.mean(axis=1), low=d.mean(axis=1)-reach, high=d.mean(axis=1)+reach, pairs=n))
 
+# %% ../nbs/71_compare.ipynb #8f07d7e8
+def arm_difference(
+    rows:pd.DataFrame, # A row per run: columns `arm`, `seed`, and figures in points
+    arm:str, # The arm
+    first:str, # The arm that is compared with
+    column:str, # Figure of `arm`
+    other:str|None=None, # Figure of `first`; None takes the same column
+) -> pd.Series|None: # `difference`, `low`, `high`, `pairs`, and `seeds` as text; None where no seed has both
+    "Compare two arms of a table of runs, seed by seed."
+    pick = lambda arm,column: rows[rows.arm==arm].set_index('seed')[[column]].T.set_axis([0]).dropna(axis=1)
+    a,b = pick(arm, column),pick(first, other or column)
+    common = sorted(set(a)&set(b))
+    if not common: return None
+    return pd.Series({**paired_difference(a, b).loc[0], 'seeds':', '.join(map(str, common))})
+
 # %% ../nbs/71_compare.ipynb #ebea3bfd
 def compare_arms(
     runs, # Run folders (or `Run` objects); differences are to the arm of the first
@@ -356,9 +371,11 @@ def describe_arms(
     return '\n'.join(lines)
 
 # %% ../nbs/71_compare.ipynb #0d111e75
-def _difference_text(row):
-    "A difference with its interval, where there is one."
-    if not row.get('pairs', 0)>0: return ''
+def difference_text(
+    row, # `difference`, `low`, `high` and `pairs`, as `paired_difference` gives them; None where nothing can be compared
+) -> str: # +1.2* [+0.4, +2.0]; the star says that the interval leaves out 0
+    "Write a difference with its interval, where there is one."
+    if row is None or not row.get('pairs', 0)>0: return ''
     if row.low!=row.low: return f'{row.difference:+.1f}'
     return f"{row.difference:+.1f}{_star(row)} [{row.low:+.1f}, {row.high:+.1f}]"
 
@@ -382,7 +399,7 @@ def format_arms(
     rows = [['arm','path','seeds','mIoU','difference','rare mIoU','difference']]
     for label,path in zip(labels, attrs['paths']):
         mean,rare = (df.loc[(label, o)] for o in ('mIoU','rare mIoU'))
-        rows.append([label, path, ','.join(map(str, attrs['seeds'][label])), _spread(mean), _difference_text(mean), _spread(rare), _difference_text(rare)])
+        rows.append([label, path, ','.join(map(str, attrs['seeds'][label])), _spread(mean), difference_text(mean), _spread(rare), difference_text(rare)])
     shown = range(7) if len(labels)>1 else (0,1,2,3,5) # One arm has no differences
     lines += ['', *_table([[r[i] for i in shown] for r in rows]), '']
     rows = [['class','pixels %',labels[0],*labels[1:]]]

@@ -22,7 +22,7 @@ from .data_core import class_counts
 from .features import cycled_class, dropped_class, sample_keep_mask
 from .fused import find_resize, fuses, resize_dropclass_loss
 from .head import HEAD_OPTIONS, add_dropclass, get_head, main_output, split_paths
-from .losses import check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, total_loss, without_weights
+from .losses import check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, total_loss, strip_weights
 from .ranks import num_ranks, pixel_shares, shared_weights, sum_over_ranks
 from .schedules import as_schedule, global_step, schedule_value
 
@@ -163,7 +163,7 @@ def before_fit(self:DropClassCallback):
     if mixing: raise ValueError(f"{type(mixing[0]).__name__} blends the labels of two images, so no class can be masked: train without it, or without DropClassCallback")
     spec = getattr(self.dls, 'spec', None)
     if spec is not None: check_void(self.loss_func, spec.ignore_index)
-    if not self.masked_weights: without_weights(cross_entropy_options(self.loss_func), self.loss_func) # Fails before the first step, if at all
+    if not self.masked_weights: strip_weights(cross_entropy_options(self.loss_func), self.loss_func) # Fails before the first step, if at all
     if self.setup_head(): extend_optimizer(self.learn, self.drop_head)
     self.drop_head.to(next(self.model.parameters()).device)
     self.rows,self.fitting,self.valid_sums,self.routes = [],True,[0., 0., 0.],{}

@@ -92,10 +92,10 @@ def check_config(
     for name in ('epochs','bs','lr','temperature','valid_every'):
         if not getattr(config, name)>0: raise ValueError(f"`{name}` must be more than 0, got {getattr(config, name)}")
     for name in ('epochs','bs','valid_every','num_workers','threads','seed'):
-        if getattr(config, name)!=int(getattr(config, name)): raise ValueError(f"`{name}` must be a whole number, got {getattr(config, name)}")
+        if not math.isfinite(getattr(config, name)) or getattr(config, name)!=int(getattr(config, name)): raise ValueError(f"`{name}` must be a whole number, got {getattr(config, name)}")
         setattr(config, name, int(getattr(config, name)))
-    for name in ('wd','num_workers','threads'):
-        if getattr(config, name)<0: raise ValueError(f"`{name}` must be 0 or more, got {getattr(config, name)}")
+    for name in ('wd','num_workers','threads','seed'):
+        if not getattr(config, name)>=0: raise ValueError(f"`{name}` must be 0 or more, got {getattr(config, name)}")
     if config.size is not None: config.size = tuple(int(o) for o in config.size)
     for name in ('dropclass','data_options','loss_options','resample'): setattr(config, name, _as_json(getattr(config, name)))
     if config.resample and config.sampling!='uniform': raise ValueError("`resample` repeats images and `sampling='rare_class'` draws them by rarity: use one of the two")

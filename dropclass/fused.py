@@ -368,9 +368,9 @@ def resize_dropclass_loss(
     masked = options if masked_weights else {**options, 'weight':None}
     paths = [('logits', logits, (1-lam, 0.), None, options), ('drop_logits', drop_logits, (lam, 0. if dropped_class is None else float(alpha)), dropped_class, masked)]
     total,parts = 0.,[]
-    for name,x,mixture,z,options in paths:
+    for name,x,mixture,z,kwargs in paths:
         if x is None and any(mixture): raise ValueError(f"`{name}` is None, but its path has a weight at lam={lam}, alpha={alpha}, dropped_class={dropped_class}: pass the logits")
-        losses,part = (None,target.new_full((2,), float('nan'), dtype=torch.float32)) if x is None else _apply(x, target, [mixture], z, **{**defaults, **options})
+        losses,part = (None,target.new_full((2,), float('nan'), dtype=torch.float32)) if x is None else _apply(x, target, [mixture], z, **{**defaults, **kwargs})
         total = total if x is None else total+losses[0]
         parts.append(part)
     return total, torch.stack([parts[0][0], *parts[1]])

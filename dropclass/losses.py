@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_tensor', 'loss_input', 'get_ignore_index', 'check_void', 'cross_entropy_options', 'pixel_loss_sum',
            'pixel_count', 'pixel_loss', 'no_reduction', 'per_pixel_loss', 'masked_target', 'other_loss',
-           'segmentation_loss', 'mean_prob', 'suppression_loss', 'without_weights', 'drop_path_losses', 'total_loss',
+           'segmentation_loss', 'mean_prob', 'suppression_loss', 'strip_weights', 'drop_path_losses', 'total_loss',
            'StepPaths', 'choose_paths', 'dropclass_loss']
 
 # %% ../nbs/12_losses.ipynb #8911a4f7
@@ -217,7 +217,7 @@ def suppression_loss(
     return mean_prob(F.log_softmax(drop_logits, 1), dropped_class)
 
 # %% ../nbs/12_losses.ipynb #c9ddf9da
-def without_weights(
+def strip_weights(
     options:dict|None, # Settings of the cross-entropy, from `cross_entropy_options`
     base_loss=None, # The loss they were read from, for the error
 ) -> dict: # The same without class weights
@@ -241,7 +241,7 @@ def drop_path_losses(
         raise ValueError(f"`keep_mask` has {len(keep_mask)} entries for {drop_logits.shape[1]} classes: draw it with num_classes={drop_logits.shape[1]}")
     z = find_dropped_class(keep_mask)
     options = cross_entropy_options(base_loss) if base_loss is not None else cross_entropy_options(nn.CrossEntropyLoss(ignore_index=VOID))
-    if not masked_weights: options = without_weights(options, base_loss)
+    if not masked_weights: options = strip_weights(options, base_loss)
     if options is None: return other_loss(drop_logits, target, base_loss, z, normalize), suppression_loss(drop_logits, z)
     log_probs = F.log_softmax(drop_logits, 1)
     return pixel_loss(log_probs, masked_target(target, z, options['ignore_index']), options, normalize), mean_prob(log_probs, z)

@@ -92,7 +92,7 @@ def test_rows_of_other_code_are_refused(home, tmp_path):
 
 def test_no_run_starts_with_code_that_changed_meanwhile(home, tmp_path, monkeypatch, capsys):
     hashes = iter(['a'*12, 'b'*12])
-    monkeypatch.setattr(script, 'code_hash', lambda: next(hashes))
+    monkeypatch.setattr(script, 'code_hash', lambda **kwargs: next(hashes))
     monkeypatch.setattr(script, 'start', lambda *args: pytest.fail('a run was started'))
     args = argparse.Namespace(results=tmp_path, runs=tmp_path, arms=None, jobs=1, minutes=None, poll=0)
     with pytest.raises(SystemExit): script.run_all(args, script.read_plan(str(home/'toy.json')))

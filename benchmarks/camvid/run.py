@@ -28,6 +28,7 @@ from pathlib import Path
 
 HERE,ROOT = Path(__file__).resolve().parent,Path(__file__).resolve().parents[2]
 MODULES = ('core','features','importance','losses','fused','schedules','head','models','callback','baselines','data_core','data_camvid','data_sampling','metrics','experiment')
+OTHER_DATA = {'scenes':('data_scenes','ranks')} # Beside MODULES; what CamVid's table was begun with stays as it is
 KEPT = ('config.json','history.csv','metrics.json','confusion.json','context.json','classifier.json')
 COLUMNS = ['plan','arm','seed','commit','code','config','finished','device','threads','torch','seconds','epochs','path','miou_plain','rare_plain','miou_drop','rare_drop','miou_mean','rare_mean','best_miou','still_rising','folder']
 
@@ -53,15 +54,15 @@ def run_options(plan, arm, seed, data=None):
     if options['method'] in ('dropclass','no_drop'): options['dropclass'] = {**plan.get('dropclass', {}), **own.get('dropclass', {})}
     return options
 
-def code_hash(root=ROOT):
-    "Hash of the modules that training passes through, without comments and docstrings."
+def code_hash(root=ROOT, data='camvid'):
+    "Hash of the modules that training on a data set passes through, without comments and docstrings."
     def bare(path):
         tree = ast.parse(path.read_text())
         for node in ast.walk(tree):
             body = getattr(node, 'body', None)
             if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0], 'value', None), ast.Constant): body[0].value.value = ''
         return ast.unparse(tree)
-    found = [o for o in MODULES if (root/'dropclass'/f'{o}.py').is_file()]
+    found = [o for o in (*MODULES, *OTHER_DATA.get(data, ())) if (root/'dropclass'/f'{o}.py').is_file()]
     return hashlib.sha256('\0'.join(f'{o}\n'+bare(root/'dropclass'/f'{o}.py') for o in found).encode()).hexdigest()[:12]
 
 def commit_of(root=ROOT):
@@ -164,7 +165,7 @@ def keep(results, plan, arm, seed, folder, commit, code):
 
 def run_all(args, plan):
     "Work through the plan until it is done or the time is over."
-    table,commit,code = args.results/f"{plan['name']}.csv",commit_of(),code_hash()
+    table,commit,code = args.results/f"{plan['name']}.csv",commit_of(),code_hash(data=plan['shared']['data'])
     check_code(read_rows(table), code)
     done = {(o['arm'], int(o['seed'])) for o in read_rows(table)}
     todo = [o for o in plan['runs'] if o not in done and (not args.arms or o[0] in args.arms)]
@@ -172,7 +173,7 @@ def run_all(args, plan):
     print(f"{plan['title']}\n{len(done)} of {len(plan['runs'])} runs are done, {len(todo)} to do, {args.jobs} at once; code {code}", flush=True)
     try:
         while (todo or running) and time.monotonic()<end:
-            if todo and len(running)<args.jobs and code_hash()!=code:
+            if todo and len(running)<args.jobs and code_hash(data=plan['shared']['data'])!=code:
                 print(f"The code has changed since the start (commit {commit}, code {code}): {len(todo)} runs are not started", flush=True)
                 failed,todo = failed+todo,[]
             while todo and len(running)<args.jobs:

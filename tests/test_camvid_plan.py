@@ -106,6 +106,9 @@ def test_code_hash_sees_code_and_nothing_else(tmp_path):
     first = script.code_hash(tmp_path)
     file.write_text('"Other"\n# %% cell\ndef f(x):\n    "Says more."\n    return x\n')
     assert script.code_hash(tmp_path)==first
+    (tmp_path/'dropclass'/'data_scenes.py').write_text('x = 1\n')
+    assert script.code_hash(tmp_path)==first # Only trainings on scenes pass through it
+    assert script.code_hash(tmp_path, 'scenes')!=first
     file.write_text('def f(x):\n    "Says."\n    return x+1\n')
     assert script.code_hash(tmp_path)!=first
 

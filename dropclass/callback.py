@@ -21,7 +21,7 @@ from .core import check_choice, eval_mode, step_generator
 from .data_core import class_counts
 from .features import cycled_class, dropped_class, sample_keep_mask
 from .fused import find_resize, fuses, resize_dropclass_loss
-from .head import HEAD_OPTIONS, add_dropclass, get_head, main_output, split_paths
+from .head import HEAD_CHOICES, HEAD_OPTIONS, add_dropclass, get_head, main_output, split_paths
 from .losses import check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, total_loss, strip_weights
 from .ranks import num_ranks, pixel_shares, shared_weights, sum_over_ranks
 from .schedules import as_schedule, global_step, schedule_value
@@ -55,8 +55,8 @@ class DropClassCallback(Callback):
     ):
         if alpha<0: raise ValueError(f"`alpha` must be 0 or more, got {alpha}")
         for name,value,choices in (('normalize', normalize, ('valid','all')), ('drop', drop, ('class','random')), ('paths', paths, ('both','sample'))): check_choice(value, choices, name)
-        for name,value,choices in (('average', average, ('all','kept')), ('scale', scale, ('unit','raw')), ('predict', predict, ('auto','plain','drop','mean')), ('norm_stats', norm_stats, ('all','whole'))):
-            if value is not None: check_choice(value, choices, name) # A head that is there already takes what it is given
+        for name,value in zip(HEAD_CHOICES, (average, scale, predict, norm_stats)):
+            if value is not None: check_choice(value, HEAD_CHOICES[name], name) # A head that is there already takes what it is given
         if isinstance(draw, str): check_choice(draw, ('uniform','cycle','present','rare'), 'draw')
         lam,drop_prob = as_schedule(lam, 'lam'),as_schedule(drop_prob, 'drop_prob')
         never_drop = (never_drop,) if isinstance(never_drop, (str,int)) else tuple(never_drop)

@@ -27,7 +27,8 @@ from .features import class_scale, drop_features
 from .models import pick_logits
 
 # %% ../nbs/20_head.ipynb #430deec6
-HEAD_OPTIONS = ('average','scale','predict','detach','norm_stats') # What may be changed on a head that is there already
+HEAD_CHOICES = {'average':('all','kept'), 'scale':('unit','raw'), 'predict':('auto','plain','drop','mean'), 'norm_stats':('all','whole')}
+HEAD_OPTIONS = (*HEAD_CHOICES,'detach') # What may be changed on a head that is there already
 _CONVS = {nn.Conv1d:nn.BatchNorm1d, nn.Conv2d:nn.BatchNorm2d, nn.Conv3d:nn.BatchNorm3d}
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _conv_kind(module): return next((o for o in _CONVS if isinstance(module, o)), None)
@@ -91,10 +92,7 @@ class DropClassHead(nn.Module):
         seed:int=0, # Seed of the compensation block's weights
     ):
         super().__init__()
-        self.average = check_choice(average, ['all','kept'], 'average')
-        self.scale = check_choice(scale, ['unit','raw'], 'scale')
-        self.predict = check_choice(predict, ['auto','plain','drop','mean'], 'predict')
-        self.norm_stats = check_choice(norm_stats, ['all','whole'], 'norm_stats')
+        for name,value in zip(HEAD_CHOICES, (average, scale, predict, norm_stats)): setattr(self, name, check_choice(value, HEAD_CHOICES[name], name))
         self.form = check_choice(form or ('closed form' if has_kernel(classifier) else 'autograd'), ['closed form','autograd'], 'form')
         self.detach,self.signed,self.beside = detach,signed,tuple(beside)
         self.keep_mask,self.both_in_eval = None,False # Armed by which mask; both paths in evaluation too?

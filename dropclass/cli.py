@@ -206,7 +206,7 @@ def show_recipes(
 def train(
     data:str=None, # Data set: scenes, camvid, cityscapes, voc, ade20k, or folder (scenes)
     path:str=None, # Folder of the data, a copy of the data set; for folder it holds images, masks and classes.txt
-    method:str=None, # dropclass, plain, no_drop: the same block and ramp, but nothing is dropped, or ignore_label: labels of a random class hidden (dropclass)
+    method:str=None, # dropclass, plain, no_drop: the same block and ramp, but nothing is dropped, ignore_label: labels of a random class hidden, or fade_weights: class weights that fade out (dropclass)
     arch:str=None, # Network: small, hrnet_v1_w18, hrnet_v2_w18, deeplabv3_mobilenetv3, timm:NAME, or unet:BACKBONE, as unet:resnet18 (small)
     weights:str=None, # Class weights of the loss: none, median for median-frequency balancing, segnet (CamVid) or hrnet (Cityscapes) as published (none)
     epochs:int=None, # Epochs of the whole run (20)

@@ -38,7 +38,7 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model, rank_distrib, set_seed, to_float
 from safetensors.torch import load_file, save
-from .baselines import LOSSES, IgnoreLabelCallback, check_loss_fits, published_weights, region_loss
+from .baselines import LOSSES, FadeWeightsCallback, IgnoreLabelCallback, check_loss_fits, published_weights, region_loss
 from .callback import DropClassCallback
 from .core import ClassSpec, check_choice, check_unit, colorize
 from .data_core import class_counts, median_frequency_weights
@@ -73,7 +73,7 @@ def write_json(
     with writing(path) as temp: temp.write_text(json.dumps(data, indent=1)+'\n')
 
 # %% ../nbs/70_experiment.ipynb #b1d40e77
-METHODS = ('plain','dropclass','no_drop','ignore_label') # no_drop: the same block and ramp, nothing dropped, no suppression
+METHODS = ('plain','dropclass','no_drop','ignore_label','fade_weights') # no_drop: the same block and ramp, nothing dropped, no suppression
 DATA = ('scenes','camvid','folder','cityscapes','voc','ade20k') # Built by `dropclass.data_NAME.NAME_dls`
 WEIGHTS = ('none','median','segnet','hrnet')
 
@@ -108,7 +108,7 @@ class Config:
     "What decides the result of a run."
     data:str='scenes' # Data set: 'scenes', 'camvid', 'folder', 'cityscapes', 'voc' or 'ade20k'
     path:str|None=None # Folder of the data; None is the data set's own default
-    method:str='dropclass' # 'plain', 'dropclass', 'no_drop' (block and ramp, nothing dropped) or 'ignore_label' (Table 6: labels hidden, no block)
+    method:str='dropclass' # 'plain', 'dropclass', 'no_drop' (block and ramp, nothing dropped), 'ignore_label' (Table 6: labels hidden, no block) or 'fade_weights' (class weights fade out, no block)
     arch:str='small' # Network, see `model_names`; 'timm:NAME' for any timm encoder, 'unet:BACKBONE' for fastai's U-Net
     weights:str='none' # Class weights of the loss: 'none', 'median' (median-frequency balancing), or published ones: 'segnet' (CamVid), 'hrnet' (Cityscapes)
     epochs:int=20 # Epochs of the whole run
@@ -243,13 +243,14 @@ def make_method(
     if config.method=='plain':
         if config.dropclass: raise ValueError(f"`method='plain'` has no options, got {', '.join(config.dropclass)}: drop them, or use `method='dropclass'`")
         return []
-    callback = IgnoreLabelCallback if config.method=='ignore_label' else DropClassCallback
+    callback = {'ignore_label':IgnoreLabelCallback, 'fade_weights':FadeWeightsCallback}.get(config.method, DropClassCallback)
     known = [o for o in inspect.signature(callback).parameters]
     options = {check_choice(k, known, f'{callback.__name__} option'):v for k,v in config.dropclass.items()}
     if config.method=='no_drop': options = {**options, 'drop_prob':0., 'alpha':0.}
     for k in ('lam','drop_prob'):
         if k in options: options[k] = read_schedule(options[k], k)
-    return [callback(**{'seed':config.seed, **options})]
+    if 'seed' in known: options = {'seed':config.seed, **options}
+    return [callback(**options)]
 
 # %% ../nbs/70_experiment.ipynb #c886e63b
 class BFloat16(MixedPrecision):
@@ -621,7 +622,7 @@ def recipe(
 ) -> Config: # The run
     "Build the configuration of a recipe."
     settings = merge_settings(RECIPES[check_choice(name, RECIPES, 'recipe')], changes)
-    takes = dict(plain=(), ignore_label=('drop_prob','per_epoch','seed')).get(settings['method'])
+    takes = dict(plain=(), ignore_label=('drop_prob','per_epoch','seed'), fade_weights=('lam','per_epoch')).get(settings['method'])
     if takes is not None and 'dropclass' not in changes: settings['dropclass'] = {k:v for k,v in settings['dropclass'].items() if k in takes} # The same training by another method
     return Config(**settings)
 

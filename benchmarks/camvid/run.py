@@ -2,14 +2,16 @@
 
     python benchmarks/camvid/run.py cpu --data FOLDER            # the plan benchmarks/camvid/cpu.json
     python benchmarks/camvid/run.py cpu --list                   # what is done and what is left
+    python benchmarks/camvid/run.py cpu --data FOLDER --same OLD # does this code train to the same numbers as that in the folder OLD?
     python benchmarks/camvid/run.py benchmarks/scenes/map.json   # another plan, on another data set
 
 A plan is a table of arms (settings of `dropclass.experiment.Config` on top of shared ones), and the order in which arms and seeds are run. Every finished run adds a row to
 results/camvid/PLAN.csv, and a folder of small files to results/camvid/PLAN/ARM-sSEED: configuration, learning curve, confusion matrices of all paths and, unless the plan says `"context": false`, counts with
 every class erased and the classifier's weights.
 
-A row names the commit and the hash of the code that training passes through. Rows of different code never share a table: where this code is not that of the rows, the script
-says which commit to check out. A run is always trained to its planned end; it is never lengthened.
+A row names the commit and the hash of the code that training passes through. Rows of different code share a table only where --same has shown that both give the same numbers: it trains
+the first epochs of the arms that are there with both, on one machine, and writes into same_code.json beside the rows if every figure is equal to the last digit. Elsewhere the script says which commit to check out. A run is
+always trained to its planned end; it is never lengthened.
 """
 import argparse
 import ast
@@ -23,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -79,11 +82,18 @@ def read_rows(table):
     if not table.is_file(): return []
     with open(table, newline='') as f: return list(csv.DictReader(f))
 
-def check_code(rows, code):
+def same_codes(results, code):
+    "All code that was shown to give the same numbers as this, by any chain of comparisons."
+    path,found = results/'same_code.json',{code}
+    pairs = [set(o['codes']) for o in json.loads(path.read_text())] if path.is_file() else []
+    for _ in pairs: found.update(*(o for o in pairs if o&found))
+    return found
+
+def check_code(rows, code, same=()):
     "Refuse to add rows of this code to rows of other code."
-    other = {o['commit'] for o in rows if o['code']!=code}
+    other = {o['commit'] for o in rows if o['code'] not in {code, *same}}
     if other: raise SystemExit(f"The rows there were made by other code (commit {', '.join(sorted(other))}): check that commit out in a folder of its own "
-        f"(git worktree add ../frozen {sorted(other)[0]}) and run its script with --results pointing here, or start another table with --results")
+        f"(git worktree add ../frozen {sorted(other)[0]}) and run its script with --results pointing here, show with --same ../frozen that the numbers are the same, or start another table with --results")
 
 def add_row(table, row):
     "Append a row; the file is whole at any time."
@@ -142,14 +152,14 @@ def train_one(plan, arm, seed, data, out):
 
 MEMORY = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4000000000:glibc.malloc.trim_threshold=8000000000:glibc.malloc.top_pad=268435456'
 
-def start(args, plan, arm, seed, out):
-    "Start one run in a process of its own; what it prints goes to a log."
+def start(args, plan, arm, seed, out, root=ROOT):
+    "Start one run in a process of its own, of this code or of another folder's; what it prints goes to a log."
     threads,data = str(plan['shared'].get('threads') or 1),[] if args.data is None else ['--data', str(args.data)]
-    env = {**os.environ, 'OMP_NUM_THREADS':threads, 'MKL_NUM_THREADS':threads, 'PYTHONUNBUFFERED':'1', 'PYTHONPATH':os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
+    env = {**os.environ, 'OMP_NUM_THREADS':threads, 'MKL_NUM_THREADS':threads, 'PYTHONUNBUFFERED':'1', 'PYTHONPATH':os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))}
     env.setdefault('GLIBC_TUNABLES', MEMORY) # Blocks of memory stay with the process, in large pages: a step on a CPU takes 8 to 15 % less, the numbers are the same
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out.with_suffix('.log'), 'a') as log:
-        return subprocess.Popen([sys.executable, __file__, args.plan, *data, '--one', arm, str(seed), str(out)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
+        return subprocess.Popen([sys.executable, str(root/'benchmarks'/'camvid'/'run.py'), args.plan, *data, '--one', arm, str(seed), str(out)], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
 
 def keep(results, plan, arm, seed, folder, commit, code):
     "Copy a run's small files, then add its row."
@@ -166,7 +176,7 @@ def keep(results, plan, arm, seed, folder, commit, code):
 def run_all(args, plan):
     "Work through the plan until it is done or the time is over."
     table,commit,code = args.results/f"{plan['name']}.csv",commit_of(),code_hash(data=plan['shared']['data'])
-    check_code(read_rows(table), code)
+    check_code(read_rows(table), code, same_codes(args.results, code))
     done = {(o['arm'], int(o['seed'])) for o in read_rows(table)}
     todo = [o for o in plan['runs'] if o not in done and (not args.arms or o[0] in args.arms)]
     end,running,failed = time.monotonic()+60*args.minutes if args.minutes else float('inf'),{},[]
@@ -199,6 +209,35 @@ def run_all(args, plan):
     if todo or running: print(f"Time is over: {len(todo)+len(running)} runs are left; the same command goes on, running ones from their last epoch", flush=True)
     if failed: raise SystemExit(1)
 
+def first_epochs(args, plan, arm, root, out):
+    "Train the first epochs of an arm with the code of a folder; gives its learning curve."
+    import pandas as pd
+    shutil.rmtree(out, ignore_errors=True)
+    process,curve = start(args, plan, arm, 0, out, root),out/'history.csv'
+    try:
+        while not curve.is_file() or len(table := pd.read_csv(curve))<args.epochs:
+            if process.poll() is not None: raise SystemExit(f"{arm} ended early with the code in {root.name}: see {out.with_suffix('.log')}")
+            time.sleep(args.poll)
+    finally:
+        process.terminate()
+        process.wait()
+    return table[table.epoch<args.epochs].drop(columns='time', errors='ignore')
+
+def show_same(args, plan):
+    "Compare this code with that of another folder, and note it beside the rows if all numbers are equal."
+    other,data = args.same.resolve(),plan['shared']['data']
+    codes,commits = ([f(o) for o in (other, ROOT)] for f in (lambda o: code_hash(o, data), commit_of))
+    rows = read_rows(args.results/f"{plan['name']}.csv")
+    arms = args.arms or list(dict.fromkeys(o['arm'] for o in rows))
+    for arm in arms:
+        with ThreadPoolExecutor(2) as pool: old,new = pool.map(lambda o: first_epochs(args, plan, arm, o, args.runs/'same'/f'{arm}-{code_hash(o, data)}'), (other, ROOT))
+        if not old.equals(new): raise SystemExit(f"{arm}: the numbers differ, so rows of commit {commits[1]} need a table of their own\n{old}\n{new}")
+        print(f"{arm}: {args.epochs} epochs, {old.notna().sum().sum()} numbers, all equal; the last training loss is {old.train_loss.iloc[-1]}", flush=True)
+    path = args.results/'same_code.json'
+    notes = json.loads(path.read_text()) if path.is_file() else []
+    note = dict(plan=plan['name'], codes=codes, commits=commits, arms=arms, epochs=args.epochs, date=date.today().isoformat())
+    path.write_text(json.dumps([*notes, note], indent=1)+'\n')
+
 def show(args, plan):
     "Print what is done and what is left."
     rows = {(o['arm'], int(o['seed'])):o for o in read_rows(args.results/f"{plan['name']}.csv")}
@@ -217,6 +256,8 @@ def main():
     parser.add_argument('--runs', type=Path, default=ROOT/'runs'/'camvid', help='where run folders with weights and checkpoints go')
     parser.add_argument('--results', type=Path, default=ROOT/'results'/'camvid', help='where rows and small files go')
     parser.add_argument('--poll', type=float, default=2., help='seconds between looks at the running ones')
+    parser.add_argument('--same', type=Path, metavar='OLD', help='compare with the code in this folder, and stop')
+    parser.add_argument('--epochs', type=int, default=5, help='with --same: epochs to compare')
     parser.add_argument('--list', action='store_true', help='show what is done, and stop')
     parser.add_argument('--one', nargs=3, metavar=('ARM','SEED','OUT'), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -225,6 +266,7 @@ def main():
     if args.data is None and plan['shared']['data']!='scenes': parser.error("give --data, the folder of the images")
     data = None if args.data is None else str(args.data)
     if args.one: return train_one(plan, args.one[0], int(args.one[1]), data, Path(args.one[2]))
+    if args.same: return show_same(args, plan)
     for o in (signal.SIGTERM, signal.SIGHUP):
         with contextlib.suppress(ValueError): signal.signal(o, lambda *_: sys.exit(143))
     run_all(args, plan)

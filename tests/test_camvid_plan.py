@@ -90,6 +90,31 @@ def test_rows_of_other_code_are_refused(home, tmp_path):
     assert script.read_rows(table)==changed
 
 
+def test_rows_of_code_with_the_same_numbers_are_welcome(home, tmp_path):
+    "Five epochs decide, not the hash: a change that no number depends on passes, one that a number depends on does not."
+    changed = {'passes':'a = b = 1', 'refused':'Config.__dataclass_fields__["wd"].default = .05\nConfig.__init__.__defaults__ = tuple(.05 if o==5e-4 else o for o in Config.__init__.__defaults__)'}
+    results = tmp_path/'results'
+    shutil.copytree(home/'results', results)
+    for name,more in changed.items():
+        for o in ('dropclass', 'benchmarks'): shutil.copytree(ROOT/o, tmp_path/name/o, ignore=shutil.ignore_patterns('__pycache__'))
+        (tmp_path/name/'COMMIT').write_text(f'{name}00'[:10])
+        with open(tmp_path/name/'dropclass'/'experiment.py', 'a') as f: f.write('\n'+more+'\n')
+    refused = go(home, '--results', str(results), '--same', str(tmp_path/'refused'), '--epochs', '2')
+    assert refused.returncode==1 and 'numbers differ' in refused.stderr and not (results/'same_code.json').is_file()
+    table = results/'toy.csv'
+    old = table.read_text().replace(script.code_hash(), script.code_hash(tmp_path/'passes'))
+    table.write_text('\n'.join(old.splitlines()[:-1])+'\n') # Rows of the other code, and one run to do
+    assert go(home, '--results', str(results)).returncode==1
+    passed = go(home, '--results', str(results), '--same', str(tmp_path/'passes'), '--epochs', '2')
+    assert passed.returncode==0 and passed.stdout.count('all equal')==2, passed.stdout+passed.stderr
+    note, = json.loads((results/'same_code.json').read_text())
+    assert note['commits'][0]=='passes00' and note['arms']==['plain', 'drop'] and script.same_codes(results, script.code_hash())==set(note['codes'])
+    assert go(home, '--results', str(results)).returncode==0
+    assert len({o['code'] for o in script.read_rows(table)})==2 and len(script.read_rows(table))==3
+    many = go(home, '--results', str(results), '--same', str(tmp_path/'passes'), '--epochs', '9')
+    assert many.returncode==1 and 'ended after 3 epochs' in many.stderr
+
+
 def test_no_run_starts_with_code_that_changed_meanwhile(home, tmp_path, monkeypatch, capsys):
     hashes = iter(['a'*12, 'b'*12])
     monkeypatch.setattr(script, 'code_hash', lambda **kwargs: next(hashes))

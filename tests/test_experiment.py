@@ -34,7 +34,7 @@ def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k 
 
 
 @pytest.mark.parametrize('change', [dict(num_workers=2), dict(method='plain', optimizer='adamw', schedule='onecycle'), dict(weights='median', dropclass=dict(lam='hold:0.5')),
-                                    dict(resample={'car':2}, num_workers=2, loss='ohem'), dict(method='ignore_label', sampling='rare_class', temperature=.05), dict(loss='dice_ce', sampling='rare_class')])
+                                    dict(resample={'car':2}, num_workers=2, loss='ohem'), dict(method='ignore_label', sampling='rare_class', temperature=.05), dict(method='fade_weights', weights='median'), dict(loss='dice_ce', sampling='rare_class')])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, change):
     config = replace(TINY, **change)
     train_run(config, tmp_path/'whole', progress=False, write=lambda o: None)
@@ -160,7 +160,7 @@ def test_data_sets_are_imported_when_named(name, monkeypatch):
     with pytest.raises(ValueError, match='needs `path`'): make_data(Config(data=name))
 
 
-@pytest.mark.parametrize('change', [dict(loss=o) for o in ('focal', 'dice_ce', 'lovasz', 'ohem')]+[dict(method='ignore_label')])
+@pytest.mark.parametrize('change', [dict(loss=o) for o in ('focal', 'dice_ce', 'lovasz', 'ohem')]+[dict(method='ignore_label'), dict(method='fade_weights', weights='median')])
 def test_every_arm_learns(tmp_path, change):
     "Each loss and method, after a few epochs, beats the network it began with."
     config = replace(TINY, **{'method':'plain', **change}, epochs=12, optimizer='adamw', lr=3e-3)

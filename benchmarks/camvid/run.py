@@ -215,8 +215,10 @@ def first_epochs(args, plan, arm, root, out):
     shutil.rmtree(out, ignore_errors=True)
     process,curve = start(args, plan, arm, 0, out, root),out/'history.csv'
     try:
-        while not curve.is_file() or len(table := pd.read_csv(curve))<args.epochs:
-            if process.poll() is not None: raise SystemExit(f"{arm} ended early with the code in {root.name}: see {out.with_suffix('.log')}")
+        while True:
+            ended,table = process.poll() is not None,pd.read_csv(curve) if curve.is_file() else []
+            if len(table)>=args.epochs: break
+            if ended: raise SystemExit(f"{arm} ended after {len(table)} epochs with the code in {root.name}, {args.epochs} are to be compared (--epochs): see {out.with_suffix('.log')}")
             time.sleep(args.poll)
     finally:
         process.terminate()

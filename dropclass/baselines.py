@@ -18,6 +18,7 @@ from fastai.learner import CastToTensor
 from .core import VOID, ClassSpec, check_choice, step_generator
 from .features import dropped_class, sample_keep_mask
 from .losses import cross_entropy_options, get_ignore_index, loss_input, masked_target, pixel_loss, plain_tensor, strip_weights
+from .ranks import pixel_shares
 from .schedules import as_schedule, global_step, schedule_value
 
 # %% ../nbs/16_baselines.ipynb #3fd12e8a
@@ -188,5 +189,6 @@ class FadeWeightsCallback(Callback):
         if not self.training: return
         self.lams.append(lam := schedule_value(self.lam, min(self.pct_train, 1.), self.per_epoch, self.n_epoch, 'lam'))
         logits,target = loss_input(self.pred, plain_tensor(self.yb[0]))
-        self.learn.loss_grad = (1-lam)*self.loss_grad+lam*pixel_loss(logits.log_softmax(1), target, self.options)
+        whole,even = pixel_shares(target, self.loss_func, masked_weights=False) # 1 and 1 but among ranks, whose trainer then weighs both by the first
+        self.learn.loss_grad = (1-lam)*self.loss_grad+lam*even/(whole or 1.)*pixel_loss(logits.log_softmax(1), target, self.options)
         self.learn.loss = self.loss_grad.clone()

@@ -24,6 +24,7 @@ from fastai.optimizer import OptimWrapper
 from functools import partial
 from safetensors.torch import load_file
 
+from dropclass.baselines import FadeWeightsCallback
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID, step_generator
 from dropclass.distributed import RankDL, over_ranks, split_dl
@@ -90,7 +91,8 @@ def images(n, seed=0):
 
 
 VARIANTS = {'fused':dict(), 'stacked':dict(fused=False), 'lam 0':dict(lam=0., drop_prob=0.), 'lam 1':dict(lam=1.), 'lam 0, stacked':dict(lam=0., drop_prob=0., fused=False),
-            'lam 1, stacked':dict(lam=1., fused=False), 'one path a step':dict(paths='sample'), 'a class that is present':dict(draw='present'), 'all pixels':dict(normalize='all'), 'plain':None, 'plain, a rank of void':None, 'a rank of void':dict(), "fastai's context":dict()}
+            'lam 1, stacked':dict(lam=1., fused=False), 'one path a step':dict(paths='sample'), 'a class that is present':dict(draw='present'), 'all pixels':dict(normalize='all'),
+            'no weights in Eq. (6)':dict(masked_weights=False), 'no weights in Eq. (6), stacked':dict(masked_weights=False, fused=False), 'weights that fade':None, 'weights that fade, a rank of void':None, 'plain':None, 'plain, a rank of void':None, 'a rank of void':dict(), "fastai's context":dict()}
 
 
 def training_context(variant, learn):
@@ -111,7 +113,7 @@ def five_steps(variant, ranks=1):
     torch.manual_seed(0)
     model = ToyNet().double()
     options = VARIANTS[variant]
-    cbs = [FrozenNorms()]+([] if options is None else [DropClassCallback(**{'drop_prob':1., **options})])
+    cbs = [FrozenNorms(), *([FadeWeightsCallback()] if 'fade' in variant else []), *([] if options is None else [DropClassCallback(**{'drop_prob':1., **options})])]
     loss = nn.CrossEntropyLoss(weight=torch.tensor([.5, 1., 2., 3.]).double(), ignore_index=VOID)
     learn = Learner(dls, model, loss, lr=.05, opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)), cbs=cbs)
     learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])

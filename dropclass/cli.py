@@ -65,13 +65,13 @@ def read_options(
     text:str|None, # 'alpha=5,scale=raw'
     name:str='options', # What it is called in the error
 ) -> dict|None: # Options by name; None if there is no text
-    "Read KEY=VALUE pairs; values that are no Python literals are text."
+    "Read KEY=VALUE pairs; values that are no Python literals are text, but for true, false and none in any case."
     if text is None: return None
     options = {}
     for part in re.split(r',(?=\s*\w+\s*=)', text):
         key,equals,value = (o.strip() for o in part.partition('='))
         if not (key.isidentifier() and equals and value): raise ValueError(f"`{name}` must be KEY=VALUE, several with commas between, got {part!r}")
-        try: options[key] = ast.literal_eval(value)
+        try: options[key] = ast.literal_eval(value.capitalize() if value.lower() in ('true','false','none') else value)
         except (ValueError, SyntaxError): options[key] = value
     return options
 

@@ -735,6 +735,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'dropclass.experiment.ValidEvery.before_validate': ( 'experiment.html#validevery.before_validate',
                                                                                            'dropclass/experiment.py'),
                                       'dropclass.experiment._as_json': ('experiment.html#_as_json', 'dropclass/experiment.py'),
+                                      'dropclass.experiment._first_meaning': ('experiment.html#_first_meaning', 'dropclass/experiment.py'),
                                       'dropclass.experiment._is_finished': ('experiment.html#_is_finished', 'dropclass/experiment.py'),
                                       'dropclass.experiment._over_ranks': ('experiment.html#_over_ranks', 'dropclass/experiment.py'),
                                       'dropclass.experiment._own': ('experiment.html#_own', 'dropclass/experiment.py'),

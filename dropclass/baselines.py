@@ -137,8 +137,8 @@ def check_loss_fits(
     options:dict, # Options of `DropClassCallback`
 ):
     "Refuse a loss that DropClass's options cannot work with."
-    for option,default,need in (('normalize', 'valid', 'a loss that is a sum over pixels'), ('masked_weights', True, 'a cross-entropy, whose class weights can be left out')):
-        if name!='ce' and options.get(option, default)!=default:
+    for option,fits,need in (('normalize', ('valid',), 'a loss that is a sum over pixels'), ('masked_weights', (None,True), 'a cross-entropy, whose class weights can be left out')):
+        if name!='ce' and options.get(option, fits[0]) not in fits:
             raise ValueError(f"`{option}={options[option]!r}` needs {need}, and loss={name!r} is not known for that: leave out `{option}`, or use loss='ce'")
 
 # %% ../nbs/16_baselines.ipynb #89343553
@@ -174,7 +174,7 @@ class IgnoreLabelCallback(Callback):
 
 # %% ../nbs/16_baselines.ipynb #91394884
 class FadeWeightsCallback(Callback):
-    "Let the class weights of a cross-entropy fade out over training: the control for `masked_weights=False`."
+    "Let the class weights of a cross-entropy fade out over training: the control for DropClass's, which do so too."
     order = CastToTensor.order-4 # As `DropClassCallback`
     def __init__(self,
         lam=SchedLin(0, 1), # Share of the loss without weights: an annealer, any callable [0,1] -> [0,1], or a number

@@ -45,7 +45,7 @@ class DropClassCallback(Callback):
         drop:str='class', # 'class', or 'random': a control that takes as much from random channels
         paths:str='both', # 'both' paths in every step, or 'sample' one of them: same gradient on average, at the cost of one
         normalize:str='valid', # Masked loss is a mean over 'valid' pixels, or over 'all' pixels as in Eq. (6)
-        masked_weights:bool=True, # Do class weights of the loss count in the masked loss, Eq. (6), too?
+        masked_weights:bool|None=None, # Do class weights of the loss count in the masked loss, Eq. (6), too, as in the paper? None: not if it is a cross-entropy, so they fade as `lam` rises
         per_epoch:bool=False, # Raise the schedules once per epoch, as the authors do, instead of every step?
         classifier:str|None=None, # Name of the model's classifier; None finds it
         probe:Tensor|None=None, # Batch of two images to find it with; None draws one that fits the first convolution
@@ -163,7 +163,7 @@ def before_fit(self:DropClassCallback):
     if mixing: raise ValueError(f"{type(mixing[0]).__name__} blends the labels of two images, so no class can be masked: train without it, or without DropClassCallback")
     spec = getattr(self.dls, 'spec', None)
     if spec is not None: check_void(self.loss_func, spec.ignore_index)
-    if not self.masked_weights: strip_weights(cross_entropy_options(self.loss_func), self.loss_func) # Fails before the first step, if at all
+    if self.masked_weights is False: strip_weights(cross_entropy_options(self.loss_func), self.loss_func) # Fails before the first step, if at all
     if self.setup_head(): extend_optimizer(self.learn, self.drop_head)
     self.drop_head.to(next(self.model.parameters()).device)
     self.rows,self.fitting,self.valid_sums,self.routes = [],True,[0., 0., 0.],{}

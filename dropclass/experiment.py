@@ -140,13 +140,20 @@ class Config:
 _FIRST_FIELDS = ('data','method','arch','weights','epochs','bs','size','lr','optimizer','schedule','wd','seed','precision','channels_last','pretrained','weights_file',
                  'num_workers','threads','dropclass','data_options') # In every hash; settings that came later only where they differ from their default
 
+def _first_meaning(config):
+    "Options of the method as they were written when the defaults were the paper's, so that a hash keeps its meaning: no `alpha` meant 10, no `masked_weights` meant True."
+    options = {'alpha':1., **config.dropclass} if config.method=='dropclass' else dict(config.dropclass)
+    given = options.pop('masked_weights', None)
+    if given is False or (given is None and config.weights!='none' and config.loss=='ce'): options['masked_weights'] = False
+    return options
+
 def config_hash(
     config:Config, # A configuration
 ) -> str: # 12 hexadecimal digits
     "Identify what decides the result of a run."
     default = asdict(Config())
     decisive = {k:v for k,v in asdict(config).items() if k in _FIRST_FIELDS or (k!='path' and v!=default[k])}
-    if config.method=='dropclass': decisive['dropclass'] = {'alpha':1., **config.dropclass} # No options meant 10 before that default changed
+    if config.method in ('dropclass','no_drop'): decisive['dropclass'] = _first_meaning(config)
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
 # %% ../nbs/70_experiment.ipynb #a6d174b9
@@ -604,7 +611,7 @@ def load_run(
 # %% ../nbs/70_experiment.ipynb #e938fe46
 _AUTHORS = dict(data='cityscapes', method='dropclass', weights='hrnet', epochs=968, bs=12, size=(1024,2048), lr=.004, optimizer='sgd', schedule='poly', wd=5e-4, seed=777,
                 pretrained=True, num_workers=8, sync_bn=True, data_options=dict(crop=[512,1024], scale=[.5,2.1], flip=.5, valid_bs=4),
-                dropclass=dict(per_epoch=True, average='kept', scale='raw', predict='drop', alpha=10.))
+                dropclass=dict(per_epoch=True, average='kept', scale='raw', predict='drop', alpha=10., masked_weights=True))
 RECIPES = {f'cityscapes_{name}':{**_AUTHORS, 'arch':arch} for name,arch in
            dict(hrnet_v1='hrnet_v1_w18', hrnet_v2='hrnet_v2_w18', deeplabv3='deeplabv3_mobilenetv3').items()}
 

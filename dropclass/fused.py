@@ -358,7 +358,7 @@ def resize_dropclass_loss(
     dropped_class:int|None, # The dropped class z; None drops nothing
     lam:float, # Weight of the drop path, lambda, in [0,1]
     alpha:float=1., # Weight of the suppression term, at least 0; the paper's is 10
-    masked_weights:bool=True, # Do the class weights count in Eq. (6) too?
+    masked_weights:bool|None=None, # Do the class weights count in Eq. (6) too? None: no
     **options, # `weight`, `ignore_index`, `label_smoothing`, `normalize`, `align_corners`, `tile`, as in `resize_cross_entropy`
 ) -> tuple: # Total loss, Eq. (9), and its parts (3,): plain, masked, suppression (not differentiable)
     "Compute the total loss of a training step from the small logits of both paths."

@@ -233,7 +233,7 @@ def drop_path_losses(
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     base_loss=None, # The pixel loss; None is cross-entropy that ignores 255
     normalize:str='valid', # 'valid': mean over the pixels that count; 'all': divided by N*h*w
-    masked_weights:bool=True, # Do class weights of the loss count in Eq. (6) too?
+    masked_weights:bool|None=None, # Do class weights of the loss count in Eq. (6) too? None: not if it is a cross-entropy
 ) -> tuple: # Two scalars: masked loss of Eq. (6), suppression of Eq. (8)
     "Compute both losses of the drop path."
     drop_logits,target = loss_input(drop_logits, target)
@@ -241,7 +241,7 @@ def drop_path_losses(
         raise ValueError(f"`keep_mask` has {len(keep_mask)} entries for {drop_logits.shape[1]} classes: draw it with num_classes={drop_logits.shape[1]}")
     z = find_dropped_class(keep_mask)
     options = cross_entropy_options(base_loss) if base_loss is not None else cross_entropy_options(nn.CrossEntropyLoss(ignore_index=VOID))
-    if not masked_weights: options = strip_weights(options, base_loss)
+    if masked_weights is False or (masked_weights is None and options): options = strip_weights(options, base_loss)
     if options is None: return other_loss(drop_logits, target, base_loss, z, normalize), suppression_loss(drop_logits, z)
     log_probs = F.log_softmax(drop_logits, 1)
     return pixel_loss(log_probs, masked_target(target, z, options['ignore_index']), options, normalize), mean_prob(log_probs, z)
@@ -292,7 +292,7 @@ def dropclass_loss(
     alpha:float=1., # Weight of the suppression term, at least 0; the paper's is 10
     base_loss=None, # The pixel loss; None is cross-entropy that ignores 255
     normalize:str='valid', # 'valid': mean over the pixels that count; 'all': divided by N*h*w
-    masked_weights:bool=True, # Do class weights of the loss count in Eq. (6) too?
+    masked_weights:bool|None=None, # Do class weights of the loss count in Eq. (6) too? None: not if it is a cross-entropy
 ) -> Tensor: # Scalar to minimise
     "Compute the total loss of a training step."
     plain,drop = None,(None, None)

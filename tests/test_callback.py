@@ -119,22 +119,23 @@ WEIGHT = torch.tensor([.5, 2., 1., 3.])
 
 @pytest.mark.parametrize('loss_func', [nn.CrossEntropyLoss(WEIGHT, ignore_index=VOID), CrossEntropyLossFlat(axis=1, ignore_index=VOID, weight=WEIGHT)],
                          ids=['torch', 'fastai'])
-def test_class_weights_count_in_every_part(loss_func):
-    "Plain and masked loss are the weighted means over their pixels, worked out from what the step saw."
+@pytest.mark.parametrize('masked_weights', [None, True])
+def test_class_weights_count_where_they_should(loss_func, masked_weights):
+    "The plain loss is the weighted mean over its pixels, the masked one too if asked to, worked out from what the step saw."
     class See(Callback):
         order = DropClassCallback.order-1 # Sees the drop logits before ours lets them go
         def after_loss(self):
             if self.training: self.seen.append((self.pred.detach().clone(), self.learn.drop_class.drop_logits.detach().clone(), self.yb[0].clone()))
     see = See()
     see.seen = []
-    cb = DropClassCallback(lam=.3, drop_prob=1., alpha=2.)
+    cb = DropClassCallback(lam=.3, drop_prob=1., alpha=2., masked_weights=masked_weights)
     learn = toy_learner(loss_func=loss_func)
     learn.fit(1, cbs=[cb, see])
     for (logits,drop_logits,y),row in zip(see.seen, cb.rows):
         z,sums = row['dropped_class'],[]
         for o,ok in ((logits, y!=VOID), (drop_logits, (y!=VOID)&(y!=z))):
             labels = y.masked_fill(~ok, 0)
-            weight = WEIGHT[labels]*ok
+            weight = (WEIGHT[labels] if o is logits or masked_weights else 1.)*ok
             cost = -o.log_softmax(1).gather(1, labels[:,None])[:,0]
             sums.append(((weight*cost).sum()/weight.sum()).item())
         sup = drop_logits.softmax(1)[:,z].mean().item()

@@ -92,7 +92,7 @@ def images(n, seed=0):
 
 VARIANTS = {'fused':dict(), 'stacked':dict(fused=False), 'lam 0':dict(lam=0., drop_prob=0.), 'lam 1':dict(lam=1.), 'lam 0, stacked':dict(lam=0., drop_prob=0., fused=False),
             'lam 1, stacked':dict(lam=1., fused=False), 'one path a step':dict(paths='sample'), 'a class that is present':dict(draw='present'), 'all pixels':dict(normalize='all'),
-            'no weights in Eq. (6)':dict(masked_weights=False), 'no weights in Eq. (6), stacked':dict(masked_weights=False, fused=False), 'weights that fade':None, 'weights that fade, a rank of void':None, 'plain':None, 'plain, a rank of void':None, 'a rank of void':dict(), "fastai's context":dict()}
+            'weights in Eq. (6)':dict(masked_weights=True), 'weights in Eq. (6), stacked':dict(masked_weights=True, fused=False), 'weights that fade':None, 'weights that fade, a rank of void':None, 'plain':None, 'plain, a rank of void':None, 'a rank of void':dict(), "fastai's context":dict()}
 
 
 def training_context(variant, learn):

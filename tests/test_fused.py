@@ -67,14 +67,15 @@ def test_it_is_the_literal_form(batch, data, align_corners, normalize):
     close(got, want)
     close(gradient(got, x), gradient(want, x))
 
-    want,got = drop_path_losses(up_drop, target, mask, ce, normalize),resize_drop_losses(drop_x, target, z, **how)
+    want,got = drop_path_losses(up_drop, target, mask, ce, normalize, masked_weights=True),resize_drop_losses(drop_x, target, z, **how)
     close(got, want)
     for w,g in list(zip(want, got))[:1 if z is None else 2]: close(gradient(g, drop_x), gradient(w, drop_x))
 
-    want = dropclass_loss(up, up_drop, target, mask, .3, 10., ce, normalize)
-    got,parts = resize_dropclass_loss(x, drop_x, target, z, .3, 10., **how)
+    masked_weights = data.draw(st.sampled_from([True, False, None]))
+    want = dropclass_loss(up, up_drop, target, mask, .3, 10., ce, normalize, masked_weights)
+    got,parts = resize_dropclass_loss(x, drop_x, target, z, .3, 10., masked_weights, **how)
     close(got, want)
-    close(parts, torch.stack([segmentation_loss(up, target, ce, normalize=normalize), *drop_path_losses(up_drop, target, mask, ce, normalize)]))
+    close(parts, torch.stack([segmentation_loss(up, target, ce, normalize=normalize), *drop_path_losses(up_drop, target, mask, ce, normalize, masked_weights)]))
     close(gradient(got, x, drop_x), gradient(want, x, drop_x))
 
 @few

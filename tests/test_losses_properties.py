@@ -50,15 +50,15 @@ def loop_loss(logits, target, z, weight=None, eps=0., normalize='valid'):
     return total/hard_norm if hard_norm else 0.
 
 @few
-@given(batches(), st.booleans(), st.sampled_from([0., .1, 1.]), st.sampled_from(['valid', 'all']))
-def test_masked_loss_is_the_hand_loop(batch, weighted, eps, normalize):
+@given(batches(), st.booleans(), st.sampled_from([0., .1, 1.]), st.sampled_from(['valid', 'all']), st.sampled_from([True, False, None]))
+def test_masked_loss_is_the_hand_loop(batch, weighted, eps, normalize, masked_weights):
     logits,target,z = batch
     weight = torch.linspace(.3, 2.5, logits.shape[1], dtype=torch.float64) if weighted else None
     ce = nn.CrossEntropyLoss(weight, ignore_index=VOID, label_smoothing=eps)
     want = loop_loss(logits, target, z, weight, eps, normalize)
     assert segmentation_loss(logits, target, ce, z, normalize).item()==pytest.approx(want, rel=1e-9, abs=1e-9)
-    masked,sup = drop_path_losses(logits, target, keep_mask(logits.shape[1], z), ce, normalize)
-    assert masked.item()==pytest.approx(want, rel=1e-9, abs=1e-9)
+    masked,sup = drop_path_losses(logits, target, keep_mask(logits.shape[1], z), ce, normalize, masked_weights)
+    assert masked.item()==pytest.approx(loop_loss(logits, target, z, weight if masked_weights else None, eps, normalize), rel=1e-9, abs=1e-9)
     assert sup.item()==pytest.approx(0. if z is None else logits.softmax(1)[:,z].mean().item(), rel=1e-9, abs=1e-12)
 
 @few

@@ -142,7 +142,7 @@ def test_recipes_are_printed_in_full_and_can_be_changed(start, command, tmp_path
     assert code==0 and out.startswith('Recipe cityscapes_hrnet_v2'), err
     config = json.loads((tmp_path/'run'/'config.json').read_text())
     assert config['lr']==.004 and config['data_options']['scale']==[.5,2.1] and config['data_options']['crop']==[16,32]
-    assert config['dropclass']=={'per_epoch':True, 'average':'kept', 'scale':'raw', 'predict':'drop', 'alpha':0.} and config['sync_bn'] is False
+    assert config['dropclass']=={'per_epoch':True, 'average':'kept', 'scale':'raw', 'predict':'drop', 'alpha':0., 'masked_weights':True} and config['sync_bn'] is False
     code,out,_ = command('train', '--resume', '--out', tmp_path/'run') # Finished: shown again
     assert code==0 and 'Recipe' not in out
 

@@ -182,13 +182,16 @@ class FadeWeightsCallback(Callback):
     ): self.lam,self.per_epoch,self.lams = as_schedule(lam, 'lam'),per_epoch,[]
 
     def before_fit(self):
-        self.lams,self.options = [],strip_weights(cross_entropy_options(self.loss_func), self.loss_func)
-        if cross_entropy_options(self.loss_func)['weight'] is None: raise ValueError("The loss has no class weights, so none can fade: give it some, nn.CrossEntropyLoss(weight=...) say, or leave out FadeWeightsCallback")
+        self.lams,options = [],cross_entropy_options(self.loss_func)
+        if options is None: raise ValueError(f"{type(self.loss_func).__name__} is no cross-entropy, so its class weights cannot fade: use nn.CrossEntropyLoss(weight=...) with FadeWeightsCallback")
+        self.options = strip_weights(options)
+        if options['weight'] is None: raise ValueError("The loss has no class weights, so none can fade: give it some, nn.CrossEntropyLoss(weight=...) say, or leave out FadeWeightsCallback")
 
     def after_loss(self):
         if not self.training: return
         self.lams.append(lam := schedule_value(self.lam, min(self.pct_train, 1.), self.per_epoch, self.n_epoch, 'lam'))
         logits,target = loss_input(self.pred, plain_tensor(self.yb[0]))
         whole,even = pixel_shares(target, self.loss_func, masked_weights=False) # 1 and 1 but among ranks, whose trainer then weighs both by the first
-        self.learn.loss_grad = (1-lam)*self.loss_grad+lam*even/(whole or 1.)*pixel_loss(logits.log_softmax(1), target, self.options)
+        weighted = 0*logits.sum() if (target==self.options['ignore_index']).all() else self.loss_grad # The mean over no pixels is NaN
+        self.learn.loss_grad = (1-lam)*weighted+lam*even/(whole or 1.)*pixel_loss(logits.log_softmax(1), target, self.options)
         self.learn.loss = self.loss_grad.clone()

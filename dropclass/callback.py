@@ -45,7 +45,7 @@ class DropClassCallback(Callback):
         drop:str='class', # 'class', or 'random': a control that takes as much from random channels
         paths:str='both', # 'both' paths in every step, or 'sample' one of them: same gradient on average, at the cost of one
         normalize:str='valid', # Masked loss is a mean over 'valid' pixels, or over 'all' pixels as in Eq. (6)
-        masked_weights:bool|None=None, # Do class weights of the loss count in the masked loss, Eq. (6), too, as in the paper? None: not if it is a cross-entropy, so they fade as `lam` rises
+        masked_weights:bool|None=None, # Do class weights of the loss count in the masked loss, Eq. (6), too, as in the authors' code? None: not if it is a cross-entropy, so they fade as `lam` rises
         per_epoch:bool=False, # Raise the schedules once per epoch, as the authors do, instead of every step?
         classifier:str|None=None, # Name of the model's classifier; None finds it
         probe:Tensor|None=None, # Batch of two images to find it with; None draws one that fits the first convolution

@@ -101,6 +101,8 @@ def check_config(
     if config.resample and config.sampling!='uniform': raise ValueError("`resample` repeats images and `sampling='rare_class'` draws them by rarity: use one of the two")
     if config.loss=='ce' and config.loss_options: raise ValueError(f"`loss='ce'` has no options, got {', '.join(config.loss_options)}: leave out `loss_options`, or name another loss")
     if config.method in ('dropclass','no_drop'): check_loss_fits(config.loss, config.dropclass)
+    if config.method=='fade_weights' and (config.weights=='none' or config.loss!='ce'):
+        raise ValueError(f"`method='fade_weights'` needs a cross-entropy with class weights, got weights={config.weights!r}, loss={config.loss!r}: use weights='median' and loss='ce'")
 
 # %% ../nbs/70_experiment.ipynb #e2562b0a
 @dataclass
@@ -445,7 +447,7 @@ def open_folder(
     if checkpoint['key']!=config_hash(config):
         old = read_config(out)
         other = [f'{f.name} was {a!r}, is {b!r}' for f in fields(Config) if f.name!='path' and (a := getattr(old, f.name))!=(b := getattr(config, f.name))]
-        raise ValueError(f"{out} was started with another configuration ({'; '.join(other)}): resume with the same one, or start in a new folder")
+        raise ValueError(f"{out} was started with another configuration ({'; '.join(other) or 'a default has changed since: class weights counted in Eq. (6), so add the option masked_weights=True, or alpha was 10'}): resume with the same one, or start in a new folder")
     return checkpoint
 
 # %% ../nbs/70_experiment.ipynb #de1946eb

@@ -99,7 +99,7 @@ def pixel_shares(
     loss_func, # The user's loss
     dropped_class:int|None=None, # The dropped class z; None drops nothing
     normalize:str='valid', # The masked loss is a mean over 'valid' pixels, or over 'all', which needs no share
-    masked_weights:bool|None=None, # Do class weights count in the masked loss? None: no
+    masked_weights:bool|None=None, # Do class weights count in the masked loss? None: no, as `drop_path_losses` has it for a cross-entropy
 ) -> tuple: # Shares of the plain and of the masked loss
     "Weigh this rank's means by the pixels behind them."
     if num_ranks()==1: return 1.,1.

@@ -184,6 +184,7 @@ class FadeWeightsCallback(Callback):
     def before_fit(self):
         self.lams,options = [],cross_entropy_options(self.loss_func)
         if options is None: raise ValueError(f"{type(self.loss_func).__name__} is no cross-entropy, so its class weights cannot fade: use nn.CrossEntropyLoss(weight=...) with FadeWeightsCallback")
+        if hasattr(self.learn, 'drop_class'): raise ValueError("DropClassCallback lets the class weights fade by itself: leave out FadeWeightsCallback, or DropClassCallback")
         self.options = strip_weights(options)
         if options['weight'] is None: raise ValueError("The loss has no class weights, so none can fade: give it some, nn.CrossEntropyLoss(weight=...) say, or leave out FadeWeightsCallback")
 

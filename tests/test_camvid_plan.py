@@ -115,6 +115,20 @@ def test_rows_of_code_with_the_same_numbers_are_welcome(home, tmp_path):
     assert many.returncode==1 and 'ended after 3 epochs' in many.stderr
 
 
+@pytest.mark.parametrize('table', [o for o in sorted((ROOT/'results').glob('*/*.csv')) if o.with_suffix('').is_dir()], ids=lambda o: f'{o.parent.name}/{o.name}')
+def test_stored_rows_share_a_table_only_where_they_may(table):
+    rows = script.read_rows(table)
+    script.check_code(rows, rows[0]['code'], script.same_codes(table.parent, rows[0]['code']))
+    with pytest.raises(SystemExit): script.check_code([*rows, {**rows[0], 'code':'0'*12}], rows[0]['code'], script.same_codes(table.parent, rows[0]['code']))
+
+
+def test_stored_runs_say_where_their_class_weights_counted():
+    "The default has changed, so a configuration that does not say would be read as another training."
+    configs = [json.loads(o.read_text()) for o in (ROOT/'results').rglob('config.json')]
+    weighted = [o for o in configs if o['method'] in ('dropclass', 'no_drop') and o['weights']!='none']
+    assert len(weighted)>50 and all(isinstance(o['dropclass'].get('masked_weights'), bool) for o in weighted)
+
+
 def test_no_run_starts_with_code_that_changed_meanwhile(home, tmp_path, monkeypatch, capsys):
     hashes = iter(['a'*12, 'b'*12])
     monkeypatch.setattr(script, 'code_hash', lambda **kwargs: next(hashes))

@@ -223,7 +223,7 @@ def first_epochs(args, plan, arm, root, out):
     finally:
         process.terminate()
         process.wait()
-    return table[table.epoch<args.epochs].drop(columns='time', errors='ignore')
+    return table[table.epoch<args.epochs]
 
 def show_same(args, plan):
     "Compare this code with that of another folder, and note it beside the rows if all numbers are equal."

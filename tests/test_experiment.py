@@ -46,6 +46,16 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, change):
     assert load_run(tmp_path/'whole').history.equals(load_run(tmp_path/'cut').history)
 
 
+def test_resuming_over_a_changed_default_says_what_changed(tmp_path):
+    "Weights in Eq. (6) were the default once; such a run has the same fields, and another hash."
+    config = replace(TINY, weights='median')
+    with pytest.raises(KeyboardInterrupt): train_run(replace(config, dropclass={'masked_weights':True}), tmp_path/'run', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
+    written = json.loads((tmp_path/'run'/'config.json').read_text())
+    (tmp_path/'run'/'config.json').write_text(json.dumps({**written, 'dropclass':{}})) # As it was written then
+    with pytest.raises(ValueError, match='a default has changed since.*masked_weights=True'): train_run(config, tmp_path/'run', resume=True, progress=False, write=lambda o: None)
+    train_run(replace(config, dropclass={'masked_weights':True}), tmp_path/'run', resume=True, progress=False, write=lambda o: None)
+
+
 @pytest.mark.parametrize('left_out', ['python', 'torch', 'loaders'])
 def test_every_random_state_is_needed(left_out):
     from fastai.torch_core import set_seed

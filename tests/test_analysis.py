@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from dropclass.analysis_bias import bias_scores, pair_confusions, proxy_values, rank_agreement, worst_confusions
 from dropclass.analysis_context import (HARBOUR, PIXELS, as_spec, colocation, erase, harbour, image_stats, load_colocation,
                                         make_fill, open_model, robustness_table, vulnerable_classes)
+from dropclass.analysis_drop import drop_effect, load_drop_effect
 from dropclass.analysis_entanglement import MEASURES, cosine_matrix, entanglement, entanglement_table, row_sums
 from dropclass.analysis_paper import paper_checks, paper_data, paper_table
 from dropclass.core import VOID
@@ -379,6 +380,30 @@ def runs(tmp_path_factory):
     folder,common = tmp_path_factory.mktemp('runs'),dict(data='scenes', arch='small', epochs=1, bs=4, size=(32,48), data_options=dict(n_train=8, n_valid=6))
     for method in ('plain','dropclass'): train_run(Config(method=method, **common), folder/method, progress=False, write=lambda o: None)
     return folder
+
+def drop_counts(folder, test='valid'): return torch.tensor(json.loads((folder/'confusion.json').read_text())[test]['drop'])
+
+def test_drop_effect_of_a_run(runs, tmp_path):
+    "The script asks a run as training did; measured runs are skipped."
+    command = [sys.executable, '-W', 'ignore', root/'benchmarks'/'drop_effect.py', runs/'dropclass', '--out', tmp_path]
+    said = [subprocess.run(command, check=True, capture_output=True, text=True).stdout for _ in range(2)]
+    assert said[0].startswith('dropclass: recall') and not said[1]
+    found = load_drop_effect(tmp_path/'dropclass.json')
+    assert torch.equal(found.confusion, drop_counts(runs/'dropclass')) and found.images==6
+    assert torch.equal(found.dropped.sum(2), found.confusion.sum(1).expand(15, 15))
+    assert json.loads((tmp_path/'dropclass.json').read_text())['config']==json.loads((runs/'dropclass'/'config.json').read_text())['hash']
+    with pytest.raises(ValueError, match='plain has no DropClassHead'): drop_effect(runs/'plain')
+
+@pytest.mark.parametrize('name,kept', [('camvid', 'camvid/cpu'), ('scenes', 'scenes/options')])
+def test_stored_drop_effects_belong_to_their_runs(name, kept):
+    "With nothing dropped they count what the run counted, but for a few pixels at the edge of rounding."
+    files = sorted((root/'results'/f'{name}_drop').glob('*.json'))
+    assert len(files)>3
+    for file in files:
+        folder = root/'results'/kept/file.stem
+        assert json.loads(file.read_text())['config']==json.loads((folder/'config.json').read_text())['hash']
+        a,b = load_drop_effect(file).confusion,drop_counts(folder)
+        assert (a-b).abs().sum()<1e-4*b.sum(), file.name
 
 def test_analyses_of_run_folders(runs):
     base,other = (colocation(runs/o, max_images=4) for o in ('plain','dropclass'))

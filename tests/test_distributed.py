@@ -50,7 +50,7 @@ def free_port():
 
 def rank_main(job, rank, world, port, folder):
     "What one process does: join the others, do the job, keep what it found."
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), GLOO_SOCKET_IFNAME='lo')
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), GLOO_SOCKET_IFNAME='lo', OMP_NUM_THREADS='1', MKL_NUM_THREADS='1') # accelerate would set 2
     torch.set_num_threads(1)
     with joined(): torch.save(job(Path(folder)), Path(folder)/f'{rank}.pt')
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from dropclass.analysis_drop import drop_effect
-from dropclass.experiment import load_run, write_json
+from dropclass.experiment import load_run
 
 
 def main():
@@ -28,12 +28,12 @@ def main():
     torch.set_num_threads(args.threads)
     for folder in args.runs:
         file = args.out/f'{folder.name}.json'
-        if file.is_file(): continue
         run = load_run(folder)
+        config = json.loads((folder/'config.json').read_text())['hash']
+        if file.is_file() and json.loads(file.read_text()).get('config')==config: continue
         if args.data and run.config.data!='scenes': run.config.path = args.data
         found = drop_effect(run, label=folder.name)
-        found.save(file)
-        write_json(file, {**json.loads(file.read_text()), 'config':json.loads((folder/'config.json').read_text())['hash']})
+        found.save(file, config=config)
         table = found.table()
         print(f"{folder.name}: recall {table.loc['mean','recall']:.1f}, with the class dropped {table.loc['mean','recall, dropped']:.1f}, IoU of the others {table.loc['mean','IoU of the others']:+.2f}", flush=True)
 

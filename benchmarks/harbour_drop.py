@@ -2,7 +2,7 @@
 
     python benchmarks/harbour_drop.py
 
-Trains with and without the drop at two lengths, and with the paper's alpha at both. Writes results/harbour_drop.csv, a row per network:
+Trains with and without the drop at three lengths, and with the paper's alpha at each. Writes results/harbour_drop.csv, a row per network:
 the fall of the IoU of boats, in points, where the water is erased from the images and where it is dropped from the features (32 test images),
 and the mean IoU of cars and boats where boats are always on the water (`biased`) and where they are on the road as often (`unbiased`).
 The page nbs/analyses/60_what_a_drop_takes.ipynb reads them.
@@ -33,7 +33,7 @@ def measure(model):
 def main():
     "Train and measure all networks."
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--steps', type=int, nargs='+', default=[80, 320], help="training steps")
+    parser.add_argument('--steps', type=int, nargs='+', default=[80, 320, 1280], help="training steps")
     parser.add_argument('--seeds', type=int, default=5, help="seeds of each")
     parser.add_argument('--threads', type=int, default=1, help="processor threads")
     parser.add_argument('--out', type=Path, default=Path(__file__).parent.parent/'results'/'harbour_drop.csv', help="file for the results")

@@ -87,7 +87,7 @@ def main():
     a,b = (open_model(o, label=l) for o,l in zip(runs, labels))
     spec,scenes = a.spec,runs[0].config.data=='scenes'
     write_json(args.out/'about.json', dict(data=runs[0].config.data, labels=labels, runs=[dict(folder=o.folder.name, method=o.config.method, arch=o.config.arch, epochs=o.config.epochs, size=o.config.size, seed=o.config.seed,
-        dropclass=o.config.dropclass, predicts=o.predicts) for o in runs], measures=list(MEASURES), pictures=scenes))
+        weights=o.config.weights, dropclass=o.config.dropclass, predicts=o.predicts) for o in runs], measures=list(MEASURES), pictures=scenes))
 
     for test in runs[0].metrics['tests']: comparison(runs, test).to_csv(args.out/f'table1_{test}.csv') # Tables 1, 2, 3 and 6
     print('comparison written', flush=True)

@@ -192,7 +192,7 @@ class FadeWeightsCallback(Callback):
         if not self.training: return
         self.lams.append(lam := schedule_value(self.lam, min(self.pct_train, 1.), self.per_epoch, self.n_epoch, 'lam'))
         logits,target = loss_input(self.pred, plain_tensor(self.yb[0]))
-        whole,even = pixel_shares(target, self.loss_func, masked_weights=False) # 1 and 1 but among ranks, whose trainer then weighs both by the first
+        whole,even = pixel_shares(target, self.loss_func, masked_weights=False) # 1 and 1 but among ranks
         weighted = 0*logits.sum() if (target==self.options['ignore_index']).all() else self.loss_grad # The mean over no pixels is NaN
-        self.learn.loss_grad = (1-lam)*weighted+lam*even/(whole or 1.)*pixel_loss(logits.log_softmax(1), target, self.options)
+        self.learn.loss_grad = (1-lam)*whole*weighted+lam*even*pixel_loss(logits.log_softmax(1), target, self.options)
         self.learn.loss = self.loss_grad.clone()

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from fastai.callback.progress import ProgressCallback
 from fastai.distributed import DistributedDL, DistributedTrainer
 from fastai.torch_core import get_model
+from .baselines import FadeWeightsCallback
 from .callback import DropClassCallback
 from .ranks import comm_device, is_first, num_ranks, pixel_shares
 
@@ -59,7 +60,7 @@ class RankTrainer(DistributedTrainer):
     def _wrap_dl(self, dl): return dl if isinstance(dl, DistributedDL) else RankDL(dl, device=self.learn.model.device)
 
     def after_loss(self):
-        if not self.training or any(isinstance(cb, DropClassCallback) for cb in self.learn.cbs): return
+        if not self.training or any(isinstance(cb, (DropClassCallback,FadeWeightsCallback)) for cb in self.learn.cbs): return # They weigh by themselves
         share = pixel_shares(self.yb[0], self.loss_func)[0] if len(self.yb)==1 and self.yb[0].ndim==3 else 1.
         self.learn.loss_grad = weigh_loss(self.learn.loss_grad, self.pred, share)
         self.learn.loss = self.learn.loss_grad.clone()

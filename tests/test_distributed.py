@@ -92,12 +92,12 @@ def images(n, seed=0):
 
 VARIANTS = {'fused':dict(), 'stacked':dict(fused=False), 'lam 0':dict(lam=0., drop_prob=0.), 'lam 1':dict(lam=1.), 'lam 0, stacked':dict(lam=0., drop_prob=0., fused=False),
             'lam 1, stacked':dict(lam=1., fused=False), 'one path a step':dict(paths='sample'), 'a class that is present':dict(draw='present'), 'all pixels':dict(normalize='all'),
-            'weights in Eq. (6)':dict(masked_weights=True), 'weights in Eq. (6), stacked':dict(masked_weights=True, fused=False), 'weights that fade':None, 'weights that fade, a rank of void':None, 'plain':None, 'plain, a rank of void':None, 'a rank of void':dict(), "fastai's context":dict()}
+            'weights in Eq. (6)':dict(masked_weights=True), 'weights in Eq. (6), stacked':dict(masked_weights=True, fused=False), 'weights that fade':None, 'weights that fade, a rank of void':None, 'plain':None, 'plain, a rank of void':None, 'a rank of void':dict(), "fastai's context":dict(), "fastai's context, weights that fade":None}
 
 
 def training_context(variant, learn):
     "fastai's own or ours; fastai's sends the indices through a GPU, which is not there."
-    if variant!="fastai's context" or num_ranks()==1: return over_ranks(learn, sync_bn=False)
+    if not variant.startswith("fastai's context") or num_ranks()==1: return over_ranks(learn, sync_bn=False)
     DistributedDL._broadcast = RankDL._broadcast
     return learn.distrib_ctx(sync_bn=False, cpu=True)
 

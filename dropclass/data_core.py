@@ -323,18 +323,20 @@ class ClassStats(NamedTuple):
 
 # %% ../nbs/40_data_core.ipynb #1424334c
 def class_stats(
-    ds, # Pairs (image, labels (H,W)); `get_mask(i)` is used where there is one
+    ds, # Pairs (image, labels (H,W)), such as `dls.train_ds`; `get_mask(i)` is used where there is one
     num_classes:int|None=None, # Number of classes, C; None asks `ds.spec`
 ) -> ClassStats: # The counts
     "Count pixels and images per class, once."
     ds = getattr(ds, 'source', ds)
+    if num_classes is None and not hasattr(ds, 'spec'): raise ValueError(f"{type(ds).__name__} does not say how many classes there are: pass `num_classes`")
     C = len(ds.spec) if num_classes is None else num_classes
     stats = getattr(ds, '_class_stats', None)
     if stats is not None and len(stats.pixels)==C: return stats
     labels = getattr(ds, 'get_mask', lambda i: ds[i][1])
     pixels,images,present = torch.zeros(3, C, dtype=torch.long)
     for i in range(len(ds)):
-        y = torch.as_tensor(labels(i)).flatten().long()
+        y = labels(i)
+        y = (y if isinstance(y, Tensor) else torch.from_numpy(np.array(y))).flatten().long() # fastai's masks are PIL images
         n = torch.bincount(y[(y>=0)&(y<C)], minlength=C)
         pixels += n; images += n>0; present += (n>0)*y.numel()
     stats = ClassStats(pixels, images, present)

@@ -1,4 +1,4 @@
-"""Train semantic segmentation networks whose classes do not lean on each other"""
+"""Train semantic segmentation networks with random class drop, and see what their classes lean on"""
 
 __version__ = "0.1.0"
 

@@ -34,13 +34,14 @@ def main():
         run = load_run(folder)
         config = json.loads((folder/'config.json').read_text())['hash']
         if args.data and run.config.data!='scenes': run.config.path = args.data
-        if not (file.is_file() and json.loads(file.read_text()).get('config')==config):
+        known = file.is_file() and json.loads(file.read_text()).get('config')==config
+        if not known:
             found = drop_effect(run, label=folder.name)
             found.save(file, config=config)
             table = found.table()
             print(f"{folder.name}: recall {table.loc['mean','recall']:.1f}, with the class dropped {table.loc['mean','recall, dropped']:.1f}, IoU of the others {table.loc['mean','IoU of the others']:+.2f}", flush=True)
         erased = args.out/'erased'/f'{folder.name}-{args.erase}.json'
-        if args.erase and not erased.is_file():
+        if args.erase and not (known and erased.is_file()):
             erased.parent.mkdir(exist_ok=True)
             found = colocation(run, fill=args.erase, path='drop', label=folder.name)
             found.save(erased)

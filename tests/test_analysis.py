@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dropclass.analysis_bias import bias_scores, pair_confusions, proxy_values, rank_agreement, worst_confusions
 from dropclass.analysis_context import (HARBOUR, PIXELS, as_spec, colocation, erase, harbour, image_stats, load_colocation,
                                         make_fill, open_model, robustness_table, vulnerable_classes)
-from dropclass.analysis_drop import drop_effect, load_drop_effect
+from dropclass.analysis_drop import compare_removals, drop_effect, load_drop_effect
 from dropclass.analysis_entanglement import MEASURES, cosine_matrix, entanglement, entanglement_table, row_sums
 from dropclass.analysis_paper import paper_checks, paper_data, paper_table
 from dropclass.core import VOID
@@ -393,6 +393,8 @@ def test_drop_effect_of_a_run(runs, tmp_path):
     assert torch.equal(found.dropped.sum(2), found.confusion.sum(1).expand(15, 15))
     assert json.loads((tmp_path/'dropclass.json').read_text())['config']==json.loads((runs/'dropclass'/'config.json').read_text())['hash']
     with pytest.raises(ValueError, match='plain has no DropClassHead'): drop_effect(runs/'plain')
+    for lines in (1, 0): assert subprocess.run([*command, '--erase', 'mean'], check=True, capture_output=True, text=True).stdout.count('erased by mean')==lines
+    assert len(compare_removals(found, load_colocation(tmp_path/'erased'/'dropclass-mean.json')))>20
 
 @pytest.mark.parametrize('name,kept', [('camvid', 'camvid/cpu'), ('scenes', 'scenes/options')])
 def test_stored_drop_effects_belong_to_their_runs(name, kept):

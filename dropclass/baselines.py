@@ -152,6 +152,7 @@ class IgnoreLabelCallback(Callback):
     ): self.drop_prob,self.per_epoch,self.seed,self.ignored = as_schedule(drop_prob, 'drop_prob'),per_epoch,seed,[]
 
     def before_fit(self):
+        if self.learn.lock.locked(): return # `get_preds` and `validate`, which fastai announces as fits
         self.ignored,self.nothing_left,self.ignore_index = [],False,get_ignore_index(self.loss_func)
         if self.ignore_index is None: raise ValueError("The loss has no `ignore_index`, so no label can be hidden from it: use one that has, nn.CrossEntropyLoss(ignore_index=255) say")
         if not getattr(self.dls, 'c', None): raise ValueError("The DataLoaders do not say how many classes there are: set `dls.c`")
@@ -161,7 +162,7 @@ class IgnoreLabelCallback(Callback):
         step = global_step(self.epoch, self.n_iter, self.iter)
         prob = schedule_value(self.drop_prob, min(self.pct_train, 1.), self.per_epoch, self.n_epoch, 'drop_prob')
         z = dropped_class(sample_keep_mask(self.dls.c, prob, step_generator(self.seed, step)))
-        target = masked_target(plain_tensor(self.yb[0]), z, self.ignore_index)
+        target = masked_target(plain_tensor(self.yb[0]).long(), z, self.ignore_index)
         self.nothing_left = not (target!=self.ignore_index).any()
         self.ignored.append(z)
         self.learn.yb = (target, *self.yb[1:])
@@ -182,6 +183,7 @@ class FadeWeightsCallback(Callback):
     ): self.lam,self.per_epoch,self.lams = as_schedule(lam, 'lam'),per_epoch,[]
 
     def before_fit(self):
+        if self.learn.lock.locked(): return # `get_preds` or `validate`
         self.lams,options = [],cross_entropy_options(self.loss_func)
         if options is None: raise ValueError(f"{type(self.loss_func).__name__} is no cross-entropy, so its class weights cannot fade: use nn.CrossEntropyLoss(weight=...) with FadeWeightsCallback")
         if hasattr(self.learn, 'drop_class'): raise ValueError("DropClassCallback lets the class weights fade by itself: leave out FadeWeightsCallback, or DropClassCallback")

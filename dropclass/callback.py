@@ -21,8 +21,8 @@ from .core import check_choice, eval_mode, step_generator
 from .data_core import class_counts
 from .features import cycled_class, dropped_class, sample_keep_mask
 from .fused import find_resize, fuses, resize_dropclass_loss
-from .head import HEAD_CHOICES, HEAD_OPTIONS, add_dropclass, get_head, main_output, split_paths
-from .losses import check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, total_loss, strip_weights
+from .head import HEAD_CHOICES, HEAD_OPTIONS, add_dropclass, get_head, main_output, remove_dropclass, split_paths, uncompiled
+from .losses import check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, plain_tensor, total_loss, strip_weights
 from .ranks import num_ranks, pixel_shares, shared_weights, sum_over_ranks
 from .schedules import as_schedule, global_step, schedule_value
 
@@ -99,21 +99,28 @@ def fixed_weights(self:DropClassCallback): # One weight per class (C,); None dra
 
 # %% ../nbs/30_callback.ipynb #89a91e88
 @patch
-def setup_head(self:DropClassCallback) -> bool: # Was a head added?
+def setup_head(self:DropClassCallback):
     "Find the model's head, or add one, and hand it the callback's options."
     options = {k:v for k in HEAD_OPTIONS if (v := getattr(self, k)) is not None}
     self.drop_head = get_head(self.model)
     added = self.drop_head is None
     if added:
         self.drop_head = add_dropclass(self.model, _num_classes(self.dls), self.classifier, self.probe, start=self.start, seed=self.seed, **options)
+    try: self.setup_draw()
+    except Exception:
+        if added: remove_dropclass(self.model)
+        raise
     for k,v in options.items(): setattr(self.drop_head, k, v)
-    self.names = class_names(self.dls, self.drop_head.out_channels)
+
+@patch
+def setup_draw(self:DropClassCallback):
+    "Name the classes, and find out which may be dropped and how often."
+    self.names = class_names(self.dls, self.drop_head.num_classes)
     unknown = [o for o in self.never_drop if o not in self.names and o not in range(len(self.names))]
     if unknown: raise ValueError(f"`never_drop` names {unknown[0]!r}, which is no class; the classes are {', '.join(self.names)}")
     never = {self.names.index(o) if isinstance(o, str) else o for o in self.never_drop}
     self.droppable = [i for i in range(len(self.names)) if i not in never]
     self.draw_weights = self.fixed_weights()
-    return added
 
 @patch
 def after_create(self:DropClassCallback):
@@ -123,12 +130,16 @@ def after_create(self:DropClassCallback):
 # %% ../nbs/30_callback.ipynb #4df87498
 def extend_optimizer(
     learn, # fastai Learner with an optimizer
-    head, # The `DropClassHead` whose block is new
+    head, # The model's `DropClassHead`
 ):
-    "Let the optimizer train the head's block, in its last parameter group."
+    "Let the optimizer train the head's block, if it does not yet: in the group of the classifier, else in the last."
     known = {p for params in learn.opt.param_lists for p in params}
     new = [p for p in head.compensation.parameters() if p not in known]
-    learn.opt.param_lists[-1].extend(new)
+    if not new: return
+    last = list(head.classifier.parameters())[-1]
+    params = next((o for o in learn.opt.param_lists if any(p is last for p in o)), learn.opt.param_lists[-1])
+    at = next((i+1 for i,p in enumerate(params) if p is last), len(params))
+    params[:] = [*params[:at], *new, *params[at:]]
     if not learn.wd_bn_bias:
         for p in norm_bias_params(head.compensation, True): learn.opt.state[p]['do_wd'] = False
     if learn.train_bn:
@@ -164,7 +175,8 @@ def before_fit(self:DropClassCallback):
     spec = getattr(self.dls, 'spec', None)
     if spec is not None: check_void(self.loss_func, spec.ignore_index)
     if self.masked_weights is False: strip_weights(cross_entropy_options(self.loss_func), self.loss_func) # Fails before the first step, if at all
-    if self.setup_head(): extend_optimizer(self.learn, self.drop_head)
+    self.setup_head()
+    extend_optimizer(self.learn, self.drop_head)
     self.drop_head.to(next(self.model.parameters()).device)
     self.rows,self.fitting,self.valid_sums,self.routes = [],True,[0., 0., 0.],{}
     self.add_columns()
@@ -188,8 +200,9 @@ def sample_mask(self:DropClassCallback,
     C,labels,weights = len(self.names),self.droppable,self.draw_weights
     if self.draw=='cycle': labels = [cycled_class(labels, self.seed, step)]
     if self.draw=='present':
-        found = self.yb[0][self.yb[0]<C].long()
-        weights = sum_over_ranks(torch.bincount(found.flatten(), minlength=C)[:C]).clamp(max=1).cpu() # In anyone's part of the batch
+        labels_here = plain_tensor(self.yb[0]).long()
+        found = labels_here[(labels_here>=0)&(labels_here<C)]
+        weights = sum_over_ranks(torch.bincount(found, minlength=C)).clamp(max=1).cpu() # In anyone's part of the batch
     return sample_keep_mask(C, drop_prob, generator, labels, weights)
 
 @patch
@@ -237,7 +250,8 @@ def after_pred(self:DropClassCallback):
 @patch(as_prop=True)
 def has_labels(self:DropClassCallback) -> bool: # Is any pixel of the batch not void?
     "Look for a labelled pixel."
-    return bool((self.yb[0]!=get_ignore_index(self.loss_func)).any())
+    void = get_ignore_index(self.loss_func)
+    return void is None or bool((self.yb[0]!=void).any())
 
 @patch
 def compare_paths(self:DropClassCallback,
@@ -271,16 +285,32 @@ def why_full(self:DropClassCallback) -> str|None: # A reason, or None
 
 @patch
 def measure_tail(self:DropClassCallback): # Options of the resize as a dict, or a reason against it as text
-    "Send one image through the network in evaluation mode and look at what the tail does to the logits."
-    model,seen = getattr(self.learn.model, 'module', self.learn.model),[]
-    handle = self.drop_head.register_forward_hook(lambda m,args,out: seen.append(out))
-    try:
-        with torch.no_grad(), eval_mode(model): out = main_output(model(*(o[:1] for o in self.xb)))
-    finally: handle.remove()
+    "Send one image through the network in evaluation mode and look at what the tail does to the logits, then to one channel of them."
+    seen,out = self.run_tail(lambda o: o)
     if len(seen)!=1: return 'the head runs several times'
     if seen[0].shape==out.shape: return 'the tail resizes nothing'
     resize = find_resize(seen[0], out)
-    return 'the tail is no plain resize' if resize is None else resize
+    if resize is None: return 'the tail is no plain resize'
+    try: seen,out = self.run_tail(lambda o: o[:,:1], learns=True)
+    except Exception as e: return f'the tail needs all channels ({type(e).__name__})'
+    if out.requires_grad: return 'the tail learns'
+    return resize if find_resize(seen[0][:,:1], out)==resize else 'the tail needs all channels'
+
+@patch
+def run_tail(self:DropClassCallback,
+    answer, # What the head returns, made from its logits (1,C,h1,w1)
+    learns:bool=False, # Record what the tail computes for gradients?
+) -> tuple: # Logits of every call of the head as a list, and the main prediction
+    "Send one image through the network in evaluation mode, with logits that need no gradient."
+    model,seen = getattr(self.learn.model, 'module', self.learn.model),[]
+    def note(m, args, out):
+        if m.leaf is not None: return # The importance is being differentiated, which runs the head again
+        seen.append(out.detach())
+        return answer(seen[-1])
+    handle = self.drop_head.register_forward_hook(note)
+    try:
+        with torch.set_grad_enabled(learns), eval_mode(model), uncompiled(): return seen,main_output(model(*(o[:1] for o in self.xb)))
+    finally: handle.remove()
 
 @patch
 def small_route(self:DropClassCallback) -> dict|None: # Options of the fused loss, or None for the stacked route

@@ -116,9 +116,8 @@ def colorize(
 ) -> Tensor: # Picture (H,W,3), uint8; void is black
     "Paint a mask in its class colours."
     mask = torch.as_tensor(mask).long().cpu()
-    table = torch.zeros(max(len(spec), int(mask.max())+1, 1), 3, dtype=torch.uint8)
-    table[:len(spec)] = spec.palette
-    return table[mask]
+    table = torch.cat([torch.as_tensor(spec.palette, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.uint8)]) # Black comes last
+    return table[torch.where((mask<0)|(mask>=len(spec)), len(spec), mask)]
 
 # %% ../nbs/00_core.ipynb #00eb2be0
 @contextmanager

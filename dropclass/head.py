@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['probe_sizes', 'compensation_block', 'DropClassHead', 'eps_share', 'split_paths', 'main_output', 'make_probe',
-           'find_classifier', 'get_head', 'ClassifierFacts', 'inspect_classifier', 'add_dropclass', 'remove_dropclass',
-           'fold_dropclass']
+           'uncompiled', 'find_classifier', 'get_head', 'ClassifierFacts', 'inspect_classifier', 'add_dropclass',
+           'remove_dropclass', 'fold_dropclass']
 
 # %% ../nbs/20_head.ipynb #925539e5
 import contextlib
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -107,11 +108,11 @@ class DropClassHead(nn.Module):
         self.classifier,self.num_classes = classifier,num_classes or classifier.out_channels
         self.compensation = compensation_block(channels or classifier.in_channels, kind or _conv_of(dims), seed, start, weight.device, weight.dtype)
         self.register_buffer('drop_trained', torch.zeros((), device=weight.device))
-        self._drop_trained = False
+        self._drop_trained,self._flag_seen = False,None # The buffer as Python knows it, so that no forward waits for a device
 
     def __getattr__(self, name):
         "Answer for the classifier what the head does not have: `weight`, `bias`, `in_channels`, ..."
-        try: return super().__getattr__(name)
+        try: return nn.Module.__getattr__(self, name)
         except AttributeError:
             classifier = self.__dict__.get('_modules', {}).get('classifier')
             if classifier is None or name.startswith('_'): raise
@@ -203,7 +204,15 @@ def eps_share(
 def predicts(self:DropClassHead) -> str: # 'plain', 'drop' or 'mean'
     "Name the path that answers in evaluation mode."
     if self.predict!='auto': return self.predict
+    if not torch.compiler.is_compiling(): self.read_flag()
     return 'drop' if self._drop_trained else 'plain'
+
+@patch
+def read_flag(self:DropClassHead):
+    "Follow the buffer `drop_trained` where something else than this class wrote into it, an average of weights say; looks at its values only if they changed."
+    if self.drop_trained.is_inference(): return # Such tensors do not count their versions
+    seen = id(self.drop_trained),self.drop_trained._version
+    if seen!=self._flag_seen: self._drop_trained,self._flag_seen = bool(self.drop_trained>=.5),seen
 
 @patch(as_prop=True)
 def armed(self:DropClassHead) -> bool: # Will the next forward return both paths?
@@ -243,6 +252,7 @@ def answer(self:DropClassHead,
     if self.armed: return self.answer_armed(features)
     if self.training and torch.is_grad_enabled() and not self.quiet: self.warn_unarmed()
     path = 'plain' if self.training else self.predicts
+    if self.training and not torch.is_grad_enabled() and self.predicts!='plain': self.drop_logits(features) # As `update_bn` does: the block has statistics too
     if path=='plain': return self.classify(features)
     drop_logits = self.drop_logits(features)
     return drop_logits if path=='drop' else (self.classify(features)+drop_logits)/2
@@ -296,6 +306,7 @@ def mark_trained(self:DropClassHead,
     if trained==self._drop_trained: return
     self.drop_trained.fill_(float(trained))
     self._drop_trained = trained
+    if not self.drop_trained.is_inference(): self._flag_seen = id(self.drop_trained),self.drop_trained._version
 
 # %% ../nbs/20_head.ipynb #997a202e
 def split_paths(
@@ -308,11 +319,16 @@ def split_paths(
         return {k:o[0] for k,o in pairs.items()}, {k:o[1] for k,o in pairs.items() if o[1] is not None}
     if isinstance(out, (tuple,list)):
         pairs = [split_paths(o, batch_size) for o in out]
-        return type(out)(o[0] for o in pairs), type(out)(o[1] for o in pairs)
+        return _like(out, (o[0] for o in pairs)), _like(out, (o[1] for o in pairs))
+    if not isinstance(out, Tensor) or not out.dim(): return out, None # No logits: a name, a loss
     if len(out)==2*batch_size: return out.split(batch_size) # One backward for both; two slices would fill 2N rows twice
     if len(out)==batch_size: return out, None
     raise ValueError(f"An output of shape {tuple(out.shape)} holds neither {batch_size} nor {2*batch_size} rows for a batch of {batch_size}: "
                      "something behind the classifier mixes rows; give `batch_size` the number of images the model got")
+
+def _like(out, items):
+    "A tuple or list of the kind of `out`, named tuples too."
+    return type(out)(*items) if hasattr(out, '_fields') else type(out)(items)
 
 # %% ../nbs/20_head.ipynb #3d91241e
 class NotDense(ValueError): "The model predicts something else than logits per pixel."
@@ -360,8 +376,15 @@ def _fitting_size(model):
 def _run(model, probe):
     "Run the model on a probe, and look at what its parts return."
     handle = register_module_forward_hook(lambda m,args,out: check_dense(out))
-    try: return model(*probe) if isinstance(probe, (tuple,list)) else model(probe)
+    try:
+        with uncompiled(), warnings.catch_warnings():
+            warnings.filterwarnings('ignore', 'Using `torch.compile') # About this very hook
+            return model(*probe) if isinstance(probe, (tuple,list)) else model(probe)
     finally: handle.remove()
+
+def uncompiled(): # A context
+    "Run a compiled model as it was written: each probe has hooks of its own, and `torch.compile` gives up after eight variants of a graph."
+    return torch.compiler.set_stance('force_eager') if 'torch._dynamo' in sys.modules else contextlib.nullcontext()
 
 # %% ../nbs/20_head.ipynb #f7feff31
 def _record(model, probe, names, nudge=None):
@@ -476,6 +499,7 @@ class _Spy(nn.Module):
         super().__init__()
         self.classifier,self.feeds,self.doubles,self.features,self.logits = classifier,feeds,False,None,None
         self.channels_last = isinstance(classifier, nn.Linear)
+    __getattr__ = DropClassHead.__getattr__ # Some networks ask their classifier for `weight` or `out_channels`
     def forward(self, features):
         features = _gather(self.feeds, features)
         if torch.is_grad_enabled() and not features.requires_grad: features.requires_grad_()
@@ -526,6 +550,22 @@ def _on_the_way(score, logits, behind):
     "The modules between the logits and the prediction; auxiliary heads are not."
     ways = [(m, o) for m,o in behind if o.requires_grad and o.is_floating_point() and _grad(score, o) is not None]
     return list(dict.fromkeys(m for m,o in ways if o is logits or _grad(o.sum(), logits) is not None))
+
+def _leaves(node, stop=None):
+    "Parameters that a node of autograd's graph was computed from, without those behind the node `stop`."
+    todo,seen,leaves = [node],set(),[]
+    while todo:
+        o = todo.pop()
+        if o is None or o is stop or o in seen: continue
+        seen.add(o)
+        if hasattr(o, 'variable'): leaves.append(o.variable)
+        todo += [n for n,_ in o.next_functions]
+    return leaves
+
+def _parameters_behind(score, logits):
+    "Is there a parameter behind the logits, one of no module perhaps, that has no part in the logits?"
+    before = {id(o) for o in _leaves(logits.grad_fn)}
+    return any(id(o) not in before for o in _leaves(score.grad_fn, logits.grad_fn))
 
 def _describe(tail, out_size, size, residual):
     "What follows a classifier, in words."
@@ -580,7 +620,7 @@ def _tail_facts(model, names, spy, probe):
         "or its weights are zero. Name another layer, or initialise this one")
     residual = not _alike(_grad(spy.logits, spy.features, grad_outputs=at_logits), at_features)
     tail = _on_the_way(score, spy.logits, behind)
-    learns = any(True for m in tail for o in (m.parameters(), m.buffers()) for _ in o)
+    learns = any(True for m in tail for o in (m.parameters(), m.buffers()) for _ in o) or _parameters_behind(score, spy.logits)
     channels,classes_first = spy.features.shape[1],at_logits
     if spy.channels_last: channels,classes_first = spy.features.shape[-1],at_logits.transpose(1, -1)
     closed = has_kernel(spy.classifier) and not residual and not learns and _is_uniform(classes_first, weights)
@@ -636,13 +676,13 @@ def remove_dropclass(
 # %% ../nbs/20_head.ipynb #bd1fc5c2
 @patch
 def _load_from_state_dict(self:DropClassHead, state_dict, prefix, *args):
-    "Accept the plain network's checkpoint: move its keys, keep the block as it is."
+    "Accept the plain network's checkpoint: move its keys, keep the block's weights, and let the plain path answer."
     own = {prefix+k:v for k,v in self.classifier.state_dict().items()}
     if all(k in state_dict for k in own):
         for k in own: state_dict[prefix+'classifier.'+k[len(prefix):]] = state_dict.pop(k)
-        for k,v in self.state_dict(prefix=prefix).items(): state_dict.setdefault(k, v)
+        for k,v in self.state_dict(prefix=prefix).items(): state_dict.setdefault(k, torch.zeros_like(v) if k==prefix+'drop_trained' else v)
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
-    self._drop_trained = bool(self.drop_trained)
+    self._drop_trained = bool(self.drop_trained>=.5)
 
 # %% ../nbs/20_head.ipynb #38a6819f
 def _modules_before(model, head, probe):
@@ -688,9 +728,10 @@ class _Replay:
 # %% ../nbs/20_head.ipynb #e15168df
 def _stack_outputs(plain, drop):
     "Stack two outputs of a model along the batch axis, tensor by tensor."
-    if isinstance(plain, Tensor): return torch.cat([plain, drop])
+    if isinstance(plain, Tensor) and plain.dim(): return torch.cat([plain, drop])
     if isinstance(plain, Mapping): return {k:_stack_outputs(v, drop[k]) for k,v in plain.items() if v is not None}
-    return type(plain)(_stack_outputs(a, b) for a,b in zip(plain, drop))
+    if isinstance(plain, (tuple,list)): return _like(plain, (_stack_outputs(a, b) for a,b in zip(plain, drop)))
+    return plain
 
 class _Tail:
     "Hooks of the root model that let its head run what follows it again."

@@ -1,0 +1,242 @@
+"Networks, losses and tools that do a little more than the usual: the callback and the head must train them, or say why not."
+from collections import namedtuple
+
+import pytest
+import torch
+from fastai.vision.all import Datasets, FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, load_learner
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, update_bn
+
+from dropclass.baselines import FadeWeightsCallback, IgnoreLabelCallback
+from dropclass.callback import DropClassCallback
+from dropclass.core import VOID
+from dropclass.head import add_dropclass, get_head, split_paths
+from dropclass.testing import ToyNet, toy_batch, toy_dls, toy_learner
+
+pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*insecure.*')
+
+
+def block_weight(model): return get_head(model).compensation[0].weight.detach().clone()
+
+
+# ---- the block and the optimizer
+
+def test_a_typo_in_never_drop_leaves_the_network_as_it_was():
+    "After the error nothing is left in the model, and the next fit trains the block."
+    learn = toy_learner()
+    with pytest.raises(ValueError, match='which is no class'): learn.fit(1, cbs=DropClassCallback(never_drop='clas 0'))
+    assert get_head(learn.model) is None
+    learn.fit(1, cbs=DropClassCallback(never_drop='class 0'))
+    before = block_weight(learn.model)
+    learn.fit(1, cbs=DropClassCallback())
+    assert not torch.equal(before, block_weight(learn.model))
+
+
+def test_a_head_added_by_hand_after_a_fit_is_trained():
+    learn = toy_learner()
+    learn.fit(1)
+    add_dropclass(learn.model)
+    before = block_weight(learn.model)
+    learn.fit(1, cbs=DropClassCallback())
+    assert not torch.equal(before, block_weight(learn.model))
+
+
+class Late(ToyNet):
+    "Layers that are registered behind the classifier."
+    def __init__(self):
+        super().__init__()
+        self.late,self.aux = nn.Conv2d(8, 8, 1, bias=False),nn.BatchNorm2d(8)
+    def forward(self, x): return F.interpolate(self.classifier(self.aux(self.late(self.backbone(x)))), size=x.shape[-2:], mode='bilinear')
+
+
+def test_the_optimizer_has_one_order_whenever_the_callback_comes(tmp_path):
+    "fastai loads an optimizer's state by position."
+    first,then = toy_learner(model=Late(), path=tmp_path),toy_learner(model=Late(), path=tmp_path, cbs=DropClassCallback())
+    first.fit(1, cbs=DropClassCallback())
+    first.save('late')
+    then.load('late', weights_only=False)
+    names = lambda learn: [n for p in learn.opt.all_params() for n,q in learn.model.named_parameters() if q is p[0]]
+    assert names(first)==names(then) and len(names(first))==len(list(then.model.parameters()))
+    momentum = lambda learn: learn.opt.state[learn.model.late.weight]['grad_avg']
+    assert torch.equal(momentum(first), momentum(then))
+
+
+# ---- tails that look like a plain resize at the first step
+
+class Temperature(ToyNet):
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(1, 4, 1, 1))
+    def forward(self, x): return super().forward(x)*self.temperature
+
+
+class Refined(ToyNet):
+    "A residual that begins as zero."
+    def __init__(self):
+        super().__init__()
+        self.refine = nn.Conv2d(4, 4, 3, padding=1)
+        for o in self.refine.parameters(): nn.init.zeros_(o)
+    def forward(self, x): return (o := super().forward(x))+self.refine(o)
+
+
+class Viewed(ToyNet):
+    def forward(self, x): return super().forward(x).view(len(x), 4, *x.shape[-2:])
+
+
+@pytest.mark.parametrize('make,options,route', [(ToyNet, {}, 'fused'), (Temperature, {}, 'stacked: the tail learns'), (Refined, dict(classifier='classifier'), 'stacked: the tail needs all channels'),
+                                                (Viewed, {}, 'stacked: the tail needs all channels')])
+def test_only_a_tail_that_stays_a_resize_is_left_out(make, options, route):
+    learn,cb = toy_learner(model=make()),DropClassCallback(**options)
+    learn.fit(1, cbs=cb)
+    assert cb.route.startswith(route)
+
+
+def test_a_parameter_behind_the_classifier_learns():
+    "With the callback as without it; and its importance is not read off the kernel, which knows nothing of it."
+    learn = toy_learner(model=Temperature())
+    learn.fit(2, cbs=DropClassCallback())
+    assert (learn.model.temperature-1).abs().min()>1e-3
+    assert get_head(learn.model).form=='autograd' and add_dropclass(ToyNet()).form=='closed form'
+
+
+# ---- losses, labels and outputs
+
+@pytest.mark.parametrize('loss_func', [LabelSmoothingCrossEntropyFlat(axis=1), FocalLossFlat(axis=1), lambda p,t,reduction='mean': F.cross_entropy(p, t, reduction=reduction)])
+def test_a_loss_without_ignore_index(loss_func):
+    learn = toy_learner(loss_func=loss_func)
+    for dl in learn.dls.loaders: dl.dataset = [(x, torch.where(y==VOID, 0, y)) for x,y in dl.dataset]
+    learn.fit(2, cbs=(cb := DropClassCallback()))
+    assert all(torch.isfinite(torch.tensor(cb.valid_losses())))
+
+
+@pytest.mark.parametrize('void', [-100, -1])
+@pytest.mark.parametrize('draw', ['uniform', 'present', 'rare'])
+def test_negative_labels_of_void(void, draw):
+    learn = toy_learner(loss_func=nn.CrossEntropyLoss(ignore_index=void))
+    for dl in learn.dls.loaders: dl.dataset = [(x, torch.where(y==VOID, void, y)) for x,y in dl.dataset]
+    learn.fit(1, cbs=(cb := DropClassCallback(draw=draw, drop_prob=1.)))
+    assert cb.history.total.notna().all()
+
+
+@pytest.mark.parametrize('layer', [lambda: nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))])
+def test_a_classifier_of_several_layers(layer):
+    model = ToyNet()
+    model.classifier = layer()
+    learn = toy_learner(model=model)
+    learn.fit(1, cbs=DropClassCallback(classifier='classifier'))
+    before = block_weight(model)
+    learn.fit(1, cbs=DropClassCallback())
+    assert not torch.equal(before, block_weight(model))
+
+
+Out = namedtuple('Out', 'logits aux')
+
+
+class Returns(ToyNet):
+    def __init__(self, wrap):
+        super().__init__()
+        self.wrap = wrap
+    def forward(self, x): return self.wrap(super().forward(x.to(self.classifier.weight.dtype)))
+
+
+@pytest.mark.parametrize('wrap', [lambda o: Out(o, o[:,:1]), lambda o: (o, None), lambda o: {'out':o, 'loss':o.mean()}, lambda o: [o, 'name']])
+def test_outputs_with_more_than_logits(wrap):
+    "Named tuples, None, scalars and text pass; only what has rows is split. The network asks its classifier for its weight, too."
+    model,(x, _) = Returns(wrap),toy_batch()
+    head = add_dropclass(model)
+    with head.dropping(torch.tensor([1.,0.,1.,1.])): plain,drop = split_paths(model(x), len(x))
+    first = lambda o: o['out'] if isinstance(o, dict) else o[0]
+    assert first(plain).shape==first(drop).shape==(4, 4, 16, 16) and not torch.equal(first(plain), first(drop))
+    if isinstance(plain, tuple) and hasattr(plain, '_fields'): assert isinstance(drop, Out)
+
+
+# ---- averaged, compiled and exchanged weights
+
+def trained(epochs=2):
+    learn = toy_learner(n=64)
+    learn.fit(epochs, cbs=DropClassCallback())
+    return learn
+
+
+def test_an_average_of_the_weights_answers_by_the_same_path():
+    "Averages copy buffers into each other, and the flag is one; the block's statistics are among those that `update_bn` makes anew."
+    learn = toy_learner(n=64)
+    add_dropclass(learn.model)
+    average = AveragedModel(learn.model)
+    learn.fit(2, cbs=DropClassCallback())
+    average.update_parameters(learn.model)
+    assert get_head(average).predicts==get_head(learn.model).predicts=='drop'
+    update_bn([x for x,_ in learn.dls.train], average)
+    norm = get_head(average).compensation[1]
+    assert norm.num_batches_tracked==16 and norm.running_mean.abs().max()>0
+    x,_ = learn.dls.valid.one_batch()
+    agree = (average.eval()(x).argmax(1)==learn.model.eval()(x).argmax(1)).float().mean()
+    assert agree>.8, agree
+
+
+def test_a_mixture_answers_by_the_path_that_has_most_of_it():
+    a,b = ToyNet(),ToyNet()
+    add_dropclass(a).mark_trained()
+    head = add_dropclass(b)
+    for share,path in ((.2, 'plain'), (.8, 'drop')):
+        with torch.no_grad(): head.drop_trained.copy_(share*get_head(a).drop_trained)
+        assert head.predicts==path
+        again = ToyNet()
+        add_dropclass(again)
+        again.load_state_dict(b.state_dict())
+        assert get_head(again).predicts==path
+
+
+def test_a_plain_checkpoint_is_answered_by_the_plain_path():
+    learn,plain = trained(),toy_learner(n=64)
+    plain.fit(1)
+    learn.model.load_state_dict(plain.model.state_dict())
+    x,_ = learn.dls.valid.one_batch()
+    assert torch.equal(learn.model.eval()(x), plain.model.eval()(x))
+
+
+def test_a_compiled_network_stays_compiled():
+    "The probes that look for the classifier do not use up the variants that `torch.compile` keeps."
+    calls = []
+    def backend(graph, inputs):
+        def run(*args):
+            calls.append(1)
+            return graph(*args)
+        return run
+    torch._dynamo.reset()
+    learn = toy_learner(n=16)
+    learn.model = torch.compile(learn.model, backend=backend)
+    learn.fit(1, cbs=DropClassCallback())
+    calls.clear()
+    learn.fit(1, cbs=DropClassCallback())
+    assert len(calls)>=5, f'{len(calls)} compiled calls in 4 steps and a validation'
+
+
+# ---- the other callbacks
+
+@pytest.mark.parametrize('make,kept', [(IgnoreLabelCallback, 'ignored'), (FadeWeightsCallback, 'lams')])
+def test_predicting_is_no_fit(tmp_path, make, kept):
+    images,masks = toy_batch(20)
+    data = Datasets(range(20), [[images.__getitem__], [masks.__getitem__]], splits=[range(16), range(16, 20)])
+    dls = data.dataloaders(bs=4, num_workers=0)
+    dls.c = 4
+    learn = Learner(dls, ToyNet(), nn.CrossEntropyLoss(weight=torch.tensor([1.,2.,3.,4.]), ignore_index=VOID), path=tmp_path, cbs=(cb := make()))
+    with learn.no_bar(), learn.no_logging(): learn.fit(2)
+    before = list(getattr(cb, kept))
+    with learn.no_bar(): learn.get_preds()
+    assert getattr(cb, kept)==before and len(before)==8
+    learn.export('learner.pkl')
+    other = load_learner(tmp_path/'learner.pkl')
+    with other.no_bar(): assert other.get_preds(dl=toy_dls().valid)[0].shape==(4, 4, 16, 16)
+
+
+def test_hidden_labels_of_small_integers():
+    "fastai's own void label, -100, has no place in uint8."
+    learn = toy_learner(loss_func=nn.CrossEntropyLoss(), cbs=(cb := IgnoreLabelCallback(drop_prob=1.)))
+    for dl in learn.dls.loaders: dl.dataset = [(x, torch.where(y==VOID, 0, y).byte()) for x,y in dl.dataset]
+    class Cast(nn.CrossEntropyLoss):
+        def forward(self, p, t): return super().forward(p, t.long())
+    learn.loss_func = Cast()
+    learn.fit(1)
+    assert len(cb.ignored)==4

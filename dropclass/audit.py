@@ -6,12 +6,13 @@
 __all__ = ['RULES', 'build_network', 'fit_names', 'load_network', 'open_images', 'NetworkAudit', 'describe_network',
            'measure_network', 'Example', 'weak_examples', 'erased_example', 'class_advice', 'pair_advice', 'Audit',
            'count_images', 'audit', 'open_networks', 'audit_summary', 'audit_limits', 'fill_text', 'audit_advice',
-           'encode_picture', 'picture_files', 'shade', 'matrix_view', 'render', 'audit_files']
+           'encode_picture', 'picture_files', 'shade', 'matrix_view', 'render']
 
 # %% ../nbs/65_audit.ipynb #ffa57c9e
 import base64
 import json
 import re
+import warnings
 from dataclasses import dataclass, field
 from importlib.resources import files
 from io import BytesIO
@@ -20,13 +21,14 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
+from safetensors import safe_open
 from .analysis_bias import look_alikes, worst_confusions
 from .analysis_context import (Colocation, Subject, as_spec, colocation, erase, image_stats, iter_batches, make_fill, open_data, open_model,
                                         robustness_table, vulnerable_classes, _check_same_data, _fill_name, _show_progress)
 from .analysis_entanglement import MEASURES, Entanglement, entanglement, row_sums, _pixel_counts
 from .analysis_figures import predict_labels, to_picture
 from .core import ClassSpec, check_choice, colorize
-from .head import add_dropclass, get_head
+from .head import HEAD_OPTIONS, add_dropclass, get_head
 from .metrics import class_iou, mean_iou, pixel_accuracy, rare_classes
 from .models import create_model, model_names, read_weights
 
@@ -64,6 +66,17 @@ def fit_names(
     best = max(tries, key=lambda o: len(own & set(o)))
     return {k:v for k,v in best.items() if k in own or not re.search(r'(^|\.)aux', k)}
 
+def _head_options(file):
+    "Options of a DropClass head: from its weights file, else from the run's folder that it lies in."
+    if Path(file).suffix=='.safetensors':
+        with safe_open(file, 'pt') as f: found = (f.metadata() or {}).get('dropclass')
+        if found: return json.loads(found)
+    if Path(file).with_name('config.json').is_file():
+        from dropclass.experiment import read_config
+        return {k:v for k,v in read_config(Path(file).parent).dropclass.items() if k in HEAD_OPTIONS}
+    warnings.warn(f"{Path(file).name} does not say how its DropClass head was set up (scale, average, ...), so it gets the default options: audit the run's folder if there is one")
+    return {}
+
 def load_network(
     file:str|Path, # Weights: .safetensors, or .pth / .pt written by `torch.save`
     arch:str, # The network, see `build_network`
@@ -71,7 +84,7 @@ def load_network(
 ) -> nn.Module: # The network with these weights, in evaluation mode
     "Rebuild a network from its weights file."
     weights,model = read_weights(file),build_network(arch, num_classes)
-    if any('.compensation.' in k for k in weights): add_dropclass(model, num_classes)
+    if any('.compensation.' in k for k in weights): add_dropclass(model, num_classes, **_head_options(file))
     state = model.state_dict()
     weights = fit_names(weights, state)
     missing = [k for k in state if k not in weights and not k.endswith('num_batches_tracked')]
@@ -90,32 +103,34 @@ def open_images(
     size:tuple|None=None, # Height and width to bring the images to; None is the data set's own
     names=None, # Class names or a file with one a line; None is `classes.txt` of the folder
     bs:int=4, # Images in a batch
+    test:str='valid', # Which of them: 'valid', or 'unbiased' of the scenes
 ) -> tuple: # DataLoader, `ClassSpec`, and the pixels of each class in the training set (C,), or None
     "Open labelled images to audit a network on."
     from dropclass.data_core import class_counts
     options = dict(bs=bs, **({'size':size} if size else {}))
     path = Path(path)
+    check_choice(test, ['valid','unbiased'] if str(path)=='scenes' else ['valid'], 'test')
+    folder = str(path)!='scenes' and not any((path/o).is_file() for o in ('codes.txt','train.txt'))
+    if names is not None and not folder: raise ValueError(f"Class names are for a folder of `images` and `masks`; {path} has names of its own: leave them out")
     if str(path)=='scenes':
         from dropclass.data_scenes import scenes_dls
         dls = scenes_dls(**options)
     elif not path.is_dir(): raise FileNotFoundError(f"There is no folder {path}: give one that holds `images`, `masks` and `classes.txt`, or a copy of CamVid")
-    elif (path/'codes.txt').is_file() or (path/'train.txt').is_file():
+    elif not folder:
         from dropclass.data_camvid import camvid_dls
         dls = camvid_dls(path, **options)
     else: return *_open_folder(path, size, names, bs),None
-    return dls.valid,dls.spec,class_counts(dls.train.dataset)
+    return dls.unbiased if test=='unbiased' else dls.valid,dls.spec,class_counts(dls.train.dataset)
 
 def _open_folder(path, size, names, bs):
     "DataLoader and classes of a folder with images, masks and class names."
-    from dropclass.data_core import SegmentationItems, make_dls, pair_files, read_lines
+    from dropclass.data_core import SegmentationItems, listed_images, make_dls, pair_files, read_lines
     names = path/'classes.txt' if names is None else names
     for o in (path/'images', path/'masks', *([Path(names)] if isinstance(names, (str,Path)) else [])):
         if not o.exists(): raise FileNotFoundError(f"{path} has no {o.name}: a folder to audit on holds `images`, `masks` and `classes.txt`, with one class name a line in the order of the labels")
     spec,pairs = ClassSpec([o for o in read_lines(names) if o] if isinstance(names, (str,Path)) else names),pair_files(path/'images', path/'masks')
     if (path/'valid.txt').is_file():
-        listed = {Path(o).stem for o in read_lines(path/'valid.txt')}
-        pairs = [o for o in pairs if Path(o[0]).stem in listed]
-        if not pairs: raise ValueError(f"{path/'valid.txt'} names none of the images in {path/'images'}: list them, one a line, or remove the file")
+        pairs = [pairs[i] for i in sorted(listed_images([o for o,_ in pairs], path/'valid.txt'))]
     items = SegmentationItems(pairs, spec, size)
     return make_dls(items, items, spec, bs=min(bs, len(items))).valid,spec
 
@@ -508,7 +523,7 @@ def _slug(text): return re.sub(r'\W+', '-', text).strip('-').lower() or 'class'
 def _example_dicts(audit):
     "Examples, with the names of their picture files."
     names = audit.spec.names
-    def one(kind, e): return dict(image=e.image, text=e.text, files=[f'{kind}-{_slug(names[e.label])}-{e.image}-{_slug(o)}' for o in e.shots], **{'class':names[e.label]})
+    def one(kind, e): return dict(image=e.image, text=e.text, files=[f'{kind}-{e.label}-{_slug(names[e.label])}-{e.image}-{_slug(o)}' for o in e.shots], **{'class':names[e.label]})
     return [one('weak', e) for e in audit.examples],[{**one('erased', e), 'erased':names[e.erased]} for e in audit.erased]
 
 @patch
@@ -656,6 +671,13 @@ def report(self:Audit,
     return [file, *(path.parent/o for o in names.values())]
 
 # %% ../nbs/65_audit.ipynb #85de9656
+def _by_path(net, path):
+    "Let a network answer by one of its paths."
+    head = get_head(net)
+    if path is not None and check_choice(path, ['plain','drop','mean'] if head else ['plain'], 'path') and head: head.predict = path
+    return net
+
+#| export
 def audit_files(
     runs=(), # Run folders
     weights=(), # Weights files of other networks; at most two networks in all
@@ -663,7 +685,7 @@ def audit_files(
     data:str|Path|None=None, # Folder of labelled images, see `open_images`; None takes those of the first run
     names=None, # Class names or a file with one a line; None is `classes.txt` of the folder
     size:tuple|None=None, # Height and width to bring the folder's images to; None is the data set's own
-    path:str|None=None, # Path of runs that have two: 'plain', 'drop' or 'mean'
+    path:str|None=None, # Path of networks that have two: 'plain', 'drop' or 'mean'
     **kwargs, # Options of `audit`
 ) -> Audit: # The measurements
     "Audit runs and weights files."
@@ -671,11 +693,11 @@ def audit_files(
     if weights and len(archs) not in (1, len(weights)): raise ValueError(f"{len(weights)} weights file{'s need' if len(weights)>1 else ' needs'} an architecture (`--arch`), got {len(archs)}: 'torchvision:deeplabv3_mobilenet_v3_large', say")
     if data is None and not runs: raise ValueError("Weights alone have no images: give a folder of labelled images (`--data`)")
     if data is None and (size or names): raise ValueError("`size` and class names are for the images of a folder (`--data`); a run brings its own")
-    loader,spec,counts = (None,)*3 if data is None else open_images(data, size, names)
+    loader,spec,counts = (None,)*3 if data is None else open_images(data, size, names, test=kwargs.get('test', 'valid'))
     subjects = [open_model(o, path=path) for o in runs]
     for o in subjects:
         if spec and o.spec.names!=spec.names: raise ValueError(f"{o.label} was trained on the classes {', '.join(o.spec.names)}; {data} has {', '.join(spec.names)}: use images with the same classes, in the same order")
     spec = spec or subjects[0].spec
     archs = list(archs)*(len(weights) if len(archs)==1 else 1)
-    subjects += [Subject(load_network(f, arch, len(spec)), spec, Path(f).stem, None) for f,arch in zip(weights, archs)]
+    subjects += [Subject(_by_path(load_network(f, arch, len(spec)), path), spec, Path(f).stem, None) for f,arch in zip(weights, archs)]
     return audit(subjects[0], loader, other=subjects[1] if len(subjects)==2 else None, pixel_counts=counts, **kwargs)

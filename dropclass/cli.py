@@ -97,7 +97,9 @@ def make_config(
     if name := given.pop('recipe', None):
         config = recipe(name, **given)
         given = {k:getattr(config, k) for k in {**RECIPES[name], **given}}
-    config = Config(**merge_settings(asdict(saved), given)) if saved else Config(**given)
+    base = asdict(saved) if saved else {}
+    if 'path' in given and base.get('data')=='folder': base['data_options'] = {o:v for o,v in base['data_options'].items() if o!='masks'} # They lie at the new path, too
+    config = Config(**merge_settings(base, given))
     return folder_config(config) if config.data=='folder' and not (saved and 'path' not in given) else config # A saved path is that of the images
 
 def folder_config(
@@ -114,7 +116,7 @@ def folder_config(
     names = options.get('names', path/'classes.txt')
     if isinstance(names, (str,Path)):
         if not Path(names).is_file(): raise FileNotFoundError(f"There is no file {names}: write the class names into it, one a line, in the order of the labels")
-        names = [o.strip() for o in Path(names).read_text(encoding='utf-8').splitlines() if o.strip()]
+        names = [o.strip() for o in Path(names).read_text(encoding='utf-8-sig').splitlines() if o.strip()]
     return replace(config, path=str(images), data_options={**options, 'names':names})
 
 def default_folder(
@@ -122,9 +124,9 @@ def default_folder(
 ) -> Path: # 'runs/...'
     "Name a run's folder by what it does."
     special = [o for o,usual in ((config.weights,'none'), (config.loss,'ce'), (config.sampling,'uniform')) if o!=usual]
-    special += [f'{k}-x{v}'.replace(' ', '_') for k,v in config.resample.items()]
+    special += [f'{k}-x{v}' for k,v in config.resample.items()]
     parts = [config.data, config.method, config.arch.replace(':', '-'), *special, f's{config.seed}']
-    return Path('runs')/'-'.join(parts)
+    return Path('runs')/re.sub(r'[^\w.-]+', '_', '-'.join(parts)) # No blanks, slashes, or what Windows refuses
 
 # %% ../nbs/72_cli.ipynb #e4b8a9dc
 def _report(run):
@@ -140,9 +142,8 @@ def _after_interrupt(out):
     "Say what an interrupted run left behind; leave nothing if no epoch was finished."
     out = Path(out)
     if (out/'checkpoint.pt').is_file(): return f"The last finished epoch is kept; go on with: dropclass-train --resume --out {out}"
-    if out.is_dir() and {o.name for o in out.iterdir()}<={'config.json'}:
-        (out/'config.json').unlink(missing_ok=True)
-        out.rmdir()
+    from dropclass.experiment import clear_unstarted
+    clear_unstarted(out)
     return "No epoch was finished, so nothing is left to continue."
 
 def _terminal_bar():
@@ -332,10 +333,10 @@ def demo_configs(
 def _demo_worker():
     "Train one run of the demo; the arguments are a configuration and a folder."
     warnings.filterwarnings('ignore')
-    from dropclass.experiment import train_run
+    from dropclass.experiment import clear_unstarted, train_run
     out = Path(sys.argv[2])
     resume = (out/'checkpoint.pt').is_file()
-    if not resume: (out/'config.json').unlink(missing_ok=True)
+    if not resume: clear_unstarted(out)
     try: train_run(make_config(json.loads(sys.argv[1])), out, resume, progress=False, write=lambda o: print(o, flush=True))
     except KeyboardInterrupt: raise SystemExit(130) from None
 
@@ -424,6 +425,7 @@ def demo(
 ):
     "Train plain and DropClass on generated street scenes, side by side, and compare them."
     with one_line_errors(debug, lambda: "Finished epochs are kept; the same command goes on from there."):
+        if epochs<1: raise ValueError(f"`--epochs` must be 1 or more, got {epochs}")
         out = Path(out or f'runs/demo-n{n_train}-e{epochs}-{size}-a{alpha:g}-s{seed}')
         configs = demo_configs(epochs, n_train, n_test, read_size(size), seed, alpha)
         print(f"Plain and DropClass, {n_train} biased street scenes of {size} pixels, {epochs} epochs each, side by side; into {out}\n"

@@ -11,6 +11,7 @@ __all__ = ['IMAGE_ENDINGS', 'RunFiles', 'read_run', 'run_labels', 'pick_path', '
 # %% ../nbs/71_compare.ipynb #202b62b9
 import json
 import math
+import statistics
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -126,14 +127,21 @@ def comparison(
     labels,paths = run_labels(runs),[pick_path(o, test, path) for o in runs]
     df,order = _class_rows(runs[0].metrics)
     for label,run,p in zip(labels, runs, paths):
-        scores = run.metrics['tests'][test][p]
-        df[label] = 100*pd.Series([*(scores['class_iou'][i] for i in order), scores['miou'], scores['rare_miou']], index=df.index, dtype=float)
+        df[label] = _scores(run, test, p, order)
     for label in labels[1:]:
         name = f' {label}' if len(runs)>2 else ''
         df[f'difference{name}'] = df[label]-df[labels[0]]
         df[f'relative %{name}'] = 100*(df[label]-df[labels[0]])/df[labels[0]].where(df[labels[0]]>0)
     df.attrs = dict(test=test, labels=labels, paths=paths, folders=[str(o.folder) for o in runs])
     return df
+
+def _scores(run, test, path, order):
+    "The IoU of a run in percent: classes in order, then both means, over the classes that are in the test set; a class that is only predicted has 0 or no IoU by chance."
+    path = pick_path(run, test, path)
+    scores,pixels = run.metrics['tests'][test][path]['class_iou'],[sum(row) for row in run.confusion[test][path]]
+    iou = {i:100*scores[i] if pixels[i] else math.nan for i in order}
+    mean = lambda labels: statistics.fmean(found) if (found := [iou[i] for i in labels if iou[i]==iou[i]]) else math.nan
+    return [*iou.values(), mean(order), mean(run.metrics['rare'])]
 
 def _class_rows(metrics):
     "Begin the table: rows sorted by pixel share, and the labels in that order."
@@ -154,8 +162,9 @@ def describe_comparison(
     step = (df[second]-df[first])[:-2].dropna()
     up,down = step[step>=.05],step[step<=-.05]
     verdict = lambda d: 'level with' if abs(d)<.05 else f"{abs(d):.1f} points {'ahead of' if d>0 else 'behind'}"
-    text = f"{second} is {verdict(mean)} {first} in mIoU ({df[second]['mIoU']:.1f} against {df[first]['mIoU']:.1f}) and {verdict(rare)} it on the rare classes "
-    text += f"({df[second]['rare mIoU']:.1f} against {df[first]['rare mIoU']:.1f}). It gains on {len(up)} of {len(step)} classes"
+    text = f"{second} is {verdict(mean)} {first} in mIoU ({df[second]['mIoU']:.1f} against {df[first]['mIoU']:.1f})"
+    if rare==rare: text += f" and {verdict(rare)} it on the rare classes ({df[second]['rare mIoU']:.1f} against {df[first]['rare mIoU']:.1f})"
+    text += f". It gains on {len(up)} of {len(step)} classes"
     if len(up): text += f", most on {up.idxmax()} ({up.max():+.1f})"
     return text+(f", and loses on {len(down)}, most on {down.idxmin()} ({down.min():+.1f})." if len(down) else ".")
 
@@ -179,7 +188,7 @@ def format_comparison(
         cells = [f'{v:{s}}' if v==v else '-' for v,s in zip(row.drop('rare'), styles)]
         lines.append(f"{name+(' †' if row.rare else ''):<{first}}"+''.join(f'{o:>{w}}' for o,w in zip(cells, widths)))
     lines += ['', f"† the {int(df.rare[:-2].sum())} classes with the fewest pixels"]
-    if df[labels].isna().any(axis=None): lines.append("- not in the test set and not predicted; left out of the means")
+    if df[labels].isna().any(axis=None): lines.append("- not in the test set; left out of the means")
     return '\n'.join(lines)
 
 def show_comparison(
@@ -286,9 +295,11 @@ def group_arms(
     runs, # Several `RunFiles`
 ) -> list: # Per arm a dict of seed -> `RunFiles`, in the order of the runs
     "Take runs together that differ only in the seed."
+    from dropclass.experiment import without_folder
     arms = {}
     for run in runs:
-        key = json.dumps({k:v for k,v in {**_LATER, **run.config}.items() if k not in _NO_ARM}, sort_keys=True)
+        config = {**_LATER, **run.config, 'data_options':without_folder(run.config.get('data_options', {}), run.config.get('path'))} # Data may lie elsewhere
+        key = json.dumps({k:v for k,v in config.items() if k not in _NO_ARM}, sort_keys=True)
         arm,seed = arms.setdefault(key, {}),run.config.get('seed')
         if seed in arm: raise ValueError(f"{arm[seed].folder} and {run.folder} have the same settings and seed {seed}: give one of them")
         arm[seed] = run
@@ -346,11 +357,6 @@ def compare_arms(
                     folders={l:[str(o.folder) for o in arm.values()] for l,arm in zip(labels, arms)})
     return df
 
-def _scores(run, test, path, order):
-    "The IoU of a run in percent: classes in order, then both means."
-    scores = run.metrics['tests'][test][pick_path(run, test, path)]
-    return [math.nan if o is None else 100*o for o in [*(scores['class_iou'][i] for i in order), scores['miou'], scores['rare_miou']]]
-
 # %% ../nbs/71_compare.ipynb #1a5be545
 def describe_arms(
     df:pd.DataFrame, # What `compare_arms` gave
@@ -362,7 +368,8 @@ def describe_arms(
         mean,rare = (df.loc[(label, o)] for o in ('mIoU','rare mIoU'))
         n = int(mean.pairs)
         if not n: lines.append(f"{label} and {first} have no seed in common, so they are not compared: train them with the same seeds."); continue
-        text = f"{label} has {mean.difference:+.1f} points of mIoU and {rare.difference:+.1f} on the rare classes against {first}, over {n} common seed{'s' if n>1 else ''}"
+        on_rare = f" and {rare.difference:+.1f} on the rare classes" if rare.pairs else ""
+        text = f"{label} has {mean.difference:+.1f} points of mIoU{on_rare} against {first}, over {n} common seed{'s' if n>1 else ''}"
         if n<2: lines.append(text+"; one pair says nothing about chance."); continue
         sure = [name for name,o in (('mIoU',mean), ('the rare classes',rare)) if o.low>0 or o.high<0]
         lines.append(text+(f"; the interval leaves out 0 for {' and '.join(sure)}." if sure else "; both intervals hold 0, so these seeds do not tell the two apart."))
@@ -458,6 +465,7 @@ def predict_mask(
     image, # Bytes (3,H,W)
     size:tuple|None=None, # Height and width that the network is shown; None is the image's own
     stats:tuple|None=None, # Mean and standard deviation per channel, for images in 0..1; None is ImageNet's
+    fit:bool=False, # Fit the image onto a canvas of `size`, as VOC's and ADE20K's are? False stretches it to `size`
 ): # Labels (H,W), uint8, at the image's own size
     "Label one image."
     import torch
@@ -465,11 +473,15 @@ def predict_mask(
     from fastai.vision.core import imagenet_stats
     from dropclass.models import pick_logits, resize_logits
     parameter = next(model.parameters())
+    from dropclass.data_core import CANVAS, fitted_size, place
     mean,std = (torch.tensor(o).view(3,1,1) for o in (stats or imagenet_stats))
-    if size is not None and tuple(size)!=tuple(image.shape[1:]): shown = F.interpolate(image[None].float(), tuple(size), mode='bilinear', antialias=True, align_corners=False)[0]
-    else: shown = image.float()
+    full = tuple(image.shape[1:])
+    inner = full if size is None else fitted_size(full, size) if fit else tuple(size)
+    shown = image.float() if inner==full else F.interpolate(image[None].float(), inner, mode='bilinear', antialias=True, align_corners=False)[0].round()
+    if fit and size is not None: shown = place(shown, tuple(size), CANVAS)
     x = ((shown/255-mean)/std)[None].to(parameter.device)
-    with torch.no_grad(): logits = resize_logits(pick_logits(model(x))[0].float(), image.shape[1:])
+    with torch.no_grad(): logits = resize_logits(pick_logits(model(x))[0].float(), shown.shape[1:])
+    logits = resize_logits(logits[..., :inner[0], :inner[1]], full)
     return logits[0].argmax(0).to('cpu', torch.uint8)
 
 # %% ../nbs/71_compare.ipynb #c45c209c
@@ -525,21 +537,21 @@ def _trained_size(config):
     return config.size or config.data_options.get('size', inspect.signature(data_function(config.data)).parameters['size'].default)
 
 def _network(model, spec, size, path):
-    "The network in evaluation mode, its classes, and the size it is shown."
+    "The network in evaluation mode, its classes, and how it is shown images."
     from dropclass.core import check_choice
     from dropclass.head import get_head
-    if isinstance(model, (str,Path)):
-        from dropclass.experiment import load_run
-        model = load_run(read_run(model).folder)
+    from dropclass.experiment import ON_CANVAS, load_run
+    show = dict(size=size)
+    if isinstance(model, (str,Path)): model = load_run(read_run(model).folder)
     if hasattr(model, 'load_model'):
         run,model = model,model.load_model()
-        spec,size = spec or run.spec,size or _trained_size(run.config)
+        spec,show = spec or run.spec,dict(size=size or _trained_size(run.config), stats=run.config.data_options.get('stats'), fit=run.config.data in ON_CANVAS)
     if spec is None: raise ValueError("`spec` is missing: give the `ClassSpec` of the network's classes")
     if len(spec)>255: raise ValueError(f"Masks are written with 8 bits, got {len(spec)} classes: use `predict_mask` and write them yourself")
     head = get_head(model)
     if path is not None: check_choice(path, ['plain','drop','mean'] if head else ['plain'], 'path')
     if head and path is not None: head.predict = path
-    return model.eval(),spec,size
+    return model.eval(),spec,show
 
 # %% ../nbs/71_compare.ipynb #5c86b3f8
 def predict_images(
@@ -558,11 +570,11 @@ def predict_images(
     from dropclass.data_core import read_image
     from dropclass.experiment import writing
     check_unit(alpha, 'alpha')
-    model,spec,size = _network(model, spec, size, path)
+    model,spec,show = _network(model, spec, size, path)
     plan = _plan_outputs(find_images(images), Path(out), overwrite)
     for file,*targets in progress(plan):
         image = read_image(file)
-        mask = predict_mask(model, image, size)
+        mask = predict_mask(model, image, **show)
         for target,picture in zip(targets, (_palette_image(mask, spec), _overlay_image(image, mask, spec, alpha))):
             with writing(target) as temp: picture.save(temp, format='PNG')
     with writing(Path(out)/'legend.png') as temp: _legend_image(spec).save(temp, format='PNG')

@@ -10,6 +10,7 @@ __all__ = ['partial_keep', 'remaining_features', 'class_cams', 'reading_layer', 
 
 # %% ../nbs/66_widgets.ipynb #e376a787
 import io
+from html import escape
 from typing import NamedTuple
 
 import pandas as pd
@@ -207,7 +208,7 @@ def drop_explorer(
     def draw():
         (x,y),c = pairs[image.value],name.value
         before,after = (view_drop(net, layer, x, partial_keep(len(spec), c, o)) for o in (0., amount.value))
-        picture.value,text.value = picture_bytes(plot_drop(before, after, x, y.cpu(), spec, c, amount.value)),drop_caption(before, after, c, spec.names[c])
+        picture.value,text.value = picture_bytes(plot_drop(before, after, x, y.cpu(), spec, c, amount.value)),escape(drop_caption(before, after, c, spec.names[c]))
     return _explorer([image, name, amount], draw, picture, text)
 
 # %% ../nbs/66_widgets.ipynb #24cc7188
@@ -360,9 +361,9 @@ def cell_buttons(
     order,falls = counts.confusion.sum(1).argsort(stable=True).tolist(),100*counts.fall()
     top,cell = max(1., falls.nan_to_num().abs().max().item()),w.Layout(width='34px', height='26px', padding='0', margin='1px')
     upright = '<div style="writing-mode:vertical-rl;transform:rotate(180deg);line-height:34px;white-space:nowrap">{}</div>'
-    rows = [w.HTML('erased ↓ looked at →'), *(w.HTML(upright.format(spec.names[c])) for c in order)]
+    rows = [w.HTML('erased ↓ looked at →'), *(w.HTML(upright.format(escape(spec.names[c]))) for c in order)]
     for a in order:
-        rows.append(w.HTML(f'<div style="white-space:nowrap;line-height:26px">{spec.names[a]}</div>'))
+        rows.append(w.HTML(f'<div style="white-space:nowrap;line-height:26px">{escape(spec.names[a])}</div>'))
         for b in order:
             v = falls[a,b].item()
             style = dict(button_color=cell_color(v, top), text_color='white' if abs(v)>.6*top else '#333', font_size='11px')
@@ -388,6 +389,6 @@ def colocation_explorer(
     text,picture = w.HTML('Click a cell to see the images behind it.'),w.Image(format='png', layout=w.Layout(max_width='800px', display='none'))
     def click(erased, looked):
         found = behind_cell(net, pairs, erased, looked, fill, k)
-        text.value,picture.layout.display = cell_caption(counts, erased, looked, found),'block' if found else 'none'
+        text.value,picture.layout.display = escape(cell_caption(counts, erased, looked, found)),'block' if found else 'none'
         if found: picture.value = picture_bytes(plot_cell(found, spec, erased, looked))
     return w.VBox([cell_buttons(counts, click), text, picture])

@@ -241,9 +241,9 @@ RULES = dict(weak=50., rare=1., fall=5., lost=10., alike=.3, few=10) # IoU in %,
 
 _TRY = dict(
     absent="Add labelled images of such classes: without any, neither a strength nor a weakness can be seen.",
-    fall="First see whether another fill shows it too. Then look at images of these classes in other surroundings, and add some to the training set; DropClass trains against such habits.",
+    fall="First see whether another fill shows it too. Then look at images of these classes in other surroundings, and add some to the training set. DropClass is meant to work against such habits; in our own runs that is not shown.",
     confused="Check their labels. If they are right, more and larger examples of both may help; if the use allows, treat the two as one class.",
-    alike="Both are read off the same features. Examples that differ in nothing but the class may help; DropClass aims at this.",
+    alike="Both are read off the same features. Examples that differ in nothing but the class may help. DropClass aims at this, too.",
     rare="Weigh the loss by class frequency (--weights median of dropclass-train), show their images more often, or collect more.",
     weak="It is not for lack of pixels: look at the pictures for sizes, borders and labels; a finer resolution, a longer training or a larger network may help.",
     few="Take their figures as a hint; add images before deciding anything by them.")

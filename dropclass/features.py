@@ -15,23 +15,23 @@ from .core import check_choice, check_num_classes, check_unit, step_generator
 
 # %% ../nbs/11_features.ipynb #57a4ee16
 def importance_maps(
-    importance:Tensor, # Importance S: (C,K), (C,K,H,W) or (N,C,K,H,W)
-    features:Tensor, # Feature map (N,K,H,W) that it belongs to
-) -> Tensor: # View (N,C,K,H,W), of size 1 where nothing varies
+    importance:Tensor, # Importance S: (C,K), (C,K,h1,w1) or (N,C,K,h1,w1)
+    features:Tensor, # Feature map (N,K,h1,w1) that it belongs to
+) -> Tensor: # View (N,C,K,h1,w1), of size 1 where nothing varies
     "Give the importance all axes, and check that it fits the features."
     n,k,*size = features.shape
     maps = importance[(None,...)+(None,)*len(size)] if importance.ndim==2 else importance[None] if importance.ndim==features.ndim else importance
     fits = maps.ndim==features.ndim+1 and maps.shape[0] in (1,n) and maps.shape[2]==k and tuple(maps.shape[3:]) in ((1,)*len(size), tuple(size))
     if not fits:
-        raise ValueError(f"`importance` must be (C,K), (C,K,H,W) or (N,C,K,H,W) for features (N,K,H,W) = {tuple(features.shape)}, got {tuple(importance.shape)}: "
+        raise ValueError(f"`importance` must be (C,K), (C,K,h1,w1) or (N,C,K,h1,w1) for features (N,K,h1,w1) = {tuple(features.shape)}, got {tuple(importance.shape)}: "
                          "take it from the classifier that reads these features")
     return maps
 
 # %% ../nbs/11_features.ipynb #d4bb8e2e
 def class_features(
-    features:Tensor, # Feature map A (N,K,H,W)
-    importance:Tensor, # Importance S: (C,K), (C,K,H,W) or (N,C,K,H,W)
-) -> Tensor: # Class-specific features (N,C,K,H,W)
+    features:Tensor, # Feature map A (N,K,h1,w1)
+    importance:Tensor, # Importance S: (C,K), (C,K,h1,w1) or (N,C,K,h1,w1)
+) -> Tensor: # Class-specific features (N,C,K,h1,w1)
     "Weigh the features once per class and keep what speaks for it, Eq. (2)."
     return (features[:,None]*importance_maps(importance, features)).relu()
 
@@ -105,17 +105,17 @@ def class_weights(
 
 # %% ../nbs/11_features.ipynb #8c4aacba
 def average_kept(
-    class_features:Tensor, # Class-specific features (N,C,K,H,W)
+    class_features:Tensor, # Class-specific features (N,C,K,h1,w1)
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     average:str='all', # Divide by 'all' classes (the paper) or by the 'kept' ones (the authors' code)
-) -> Tensor: # Features after the drop (N,K,H,W)
+) -> Tensor: # Features after the drop (N,K,h1,w1)
     "Average the class-specific features of the kept classes, Eq. (4) to the letter."
     weight = class_weights(keep_mask, average).to(class_features)
     return (class_features*weight.view(-1,1,1,1)).sum(1)
 
 # %% ../nbs/11_features.ipynb #580c7986
 def streamed_sums(
-    importance:Iterable, # Importance of one class after the other, each (K,), (K,H,W) or (N,K,H,W)
+    importance:Iterable, # Importance of one class after the other, each (K,), (K,h1,w1) or (N,K,h1,w1)
     weight:list, # Weight of each class, C floats
 ) -> tuple: # Weighted sums of the positive and of the negative part
     "Add the classes up, one at a time."
@@ -129,7 +129,7 @@ def streamed_sums(
 
 # %% ../nbs/11_features.ipynb #4d7c6a2f
 def kept_sums(
-    importance:Tensor|Iterable, # Importance (C,K), (C,K,H,W) or (N,C,K,H,W), or its classes one after the other
+    importance:Tensor|Iterable, # Importance (C,K), (C,K,h1,w1) or (N,C,K,h1,w1), or its classes one after the other
     weight:Tensor, # Weight of each class (C,)
 ) -> tuple: # Weighted sums of the positive and of the negative part; the class axis is gone
     "Add up what speaks for the kept classes, and what speaks against them."
@@ -142,7 +142,7 @@ def kept_sums(
 
 # %% ../nbs/11_features.ipynb #faa3bb80
 def mean_scale(
-    positive:Tensor, # Positive sum (K,), (K,H,W) or (N,K,H,W)
+    positive:Tensor, # Positive sum (K,), (K,h1,w1) or (N,K,h1,w1)
 ) -> Tensor: # Its mean over all but N, detached, ready to divide by; 1 where nothing is positive
     "Find the unit of a scale."
     axes = tuple(range(1 if positive.ndim>=4 else 0, positive.ndim))
@@ -151,7 +151,7 @@ def mean_scale(
 
 # %% ../nbs/11_features.ipynb #d154bc99
 def shuffled_sums(
-    importance:Tensor, # Importance (C,K), (C,K,H,W) or (N,C,K,H,W)
+    importance:Tensor, # Importance (C,K), (C,K,h1,w1) or (N,C,K,h1,w1)
     weight:Tensor, # Weight of each class (C,), 0 for the dropped one
     shuffle:Tensor, # Order of the channels (K,)
 ) -> tuple: # Weighted sums of the positive and of the negative part
@@ -164,12 +164,12 @@ def shuffled_sums(
 
 # %% ../nbs/11_features.ipynb #b4add9c1
 def class_scale(
-    importance:Tensor|Iterable, # Importance S: (C,K), (C,K,H,W) or (N,C,K,H,W), or `iter_importance(...)`
+    importance:Tensor|Iterable, # Importance S: (C,K), (C,K,h1,w1) or (N,C,K,h1,w1), or `iter_importance(...)`
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     average:str='all', # Divide by 'all' classes (the paper) or by the 'kept' ones (the authors' code)
     scale:str='raw', # 'raw' as Eq. (4) has it; 'unit' divides both by the mean of the positive part, detached
     shuffle:Tensor|None=None, # Order of the channels (K,): removes as much as the dropped class has, but from random channels. None drops the class
-) -> tuple: # Positive and negative scale, each (K,), (K,H,W) or (N,K,H,W); gradients reach the importance
+) -> tuple: # Positive and negative scale, each (K,), (K,h1,w1) or (N,K,h1,w1); gradients reach the importance
     "Sum the kept classes' importance: the two factors of Eq. (4)."
     check_choice(scale, ('raw','unit'), 'scale')
     weight = class_weights(keep_mask, average)
@@ -180,14 +180,14 @@ def class_scale(
 
 # %% ../nbs/11_features.ipynb #2b9f9719
 def drop_features(
-    features:Tensor, # Feature map A (N,K,H,W)
-    importance:Tensor|Iterable, # Importance S: (C,K), (C,K,H,W) or (N,C,K,H,W), or `iter_importance(...)`
+    features:Tensor, # Feature map A (N,K,h1,w1)
+    importance:Tensor|Iterable, # Importance S: (C,K), (C,K,h1,w1) or (N,C,K,h1,w1), or `iter_importance(...)`
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     average:str='all', # Divide by 'all' classes (the paper) or by the 'kept' ones (the authors' code)
     scale:str='raw', # 'raw' as Eq. (4) has it, or 'unit': see `class_scale`
     signed:bool=True, # May features be negative? False skips the second term, and is right only behind a ReLU
     shuffle:Tensor|None=None, # Order of the channels (K,) for the control of `class_scale`
-) -> Tensor: # Features after the drop (N,K,H,W), in the dtype of the features
+) -> Tensor: # Features after the drop (N,K,h1,w1), in the dtype of the features
     "Drop a class from the features, Eq. (2) and (4) factorised."
     if isinstance(importance, Tensor): importance_maps(importance, features) # Checks the shape
     scales = class_scale(importance, keep_mask, average, scale, shuffle)

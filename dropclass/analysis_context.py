@@ -203,8 +203,10 @@ def inpaint(
     except ImportError as e: raise ImportError("`fill='inpaint'` needs OpenCV: run `pip install opencv-python-headless`, or choose 'mean', 'noise' or 'blur'") from e
     low,high = image.amin(),image.amax()
     pixels = (255*(image-low)/(high-low).clamp(min=1e-9)).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
-    pixels = cv2.inpaint(pixels, erased.cpu().numpy().astype('uint8'), radius, cv2.INPAINT_TELEA)
-    return torch.from_numpy(pixels).permute(2, 0, 1).to(image)/255*(high-low)+low
+    gone = erased.cpu().numpy().astype('uint8')
+    if len(image)==3: pixels = torch.from_numpy(cv2.inpaint(pixels, gone, radius, cv2.INPAINT_TELEA))
+    else: pixels = torch.stack([torch.from_numpy(cv2.inpaint(pixels[...,i].copy(), gone, radius, cv2.INPAINT_TELEA)) for i in range(len(image))], -1) # OpenCV takes 1 or 3
+    return pixels.permute(2, 0, 1).to(image)/255*(high-low)+low
 
 # %% ../nbs/61_analysis_context.ipynb #fd3a8428
 def make_fill(
@@ -303,7 +305,9 @@ def _show_progress(data, progress):
     if callable(progress): return progress(data)
     if not progress: return data
     from fastprogress.fastprogress import progress_bar
-    return progress_bar(data, total=len(data) if hasattr(data, '__len__') else None, leave=False)
+    try: total = len(data)
+    except TypeError: return data # A stream: no bar can tell how much is left
+    return progress_bar(data, total=total, leave=False)
 
 def _fill_name(fill): return fill if isinstance(fill, str) else getattr(fill, '__name__', str(fill))
 
@@ -469,6 +473,7 @@ def robustness_table(
     networks = [base] if other is None else [base, other]
     if other is not None: _check_same_data(base, other)
     labels = [o.label for o in networks] if len({o.label for o in networks})==len(networks) else ['base','other']
+    if not base.occurs.any(): raise ValueError("No pixel has a class, all are void: erased context needs labelled images")
     tops,names = base.influences(k, pixels),base.spec.names
     df = pd.DataFrame({('erased',f'top {k}'):{names[y]:', '.join(names[x] for x in top) for y,top in tops.items()}})
     for label,o in zip(labels, networks):

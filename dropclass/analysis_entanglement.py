@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from .analysis_context import Subject, as_spec, open_model
 from .core import ClassSpec, check_choice
-from .head import find_classifier, get_head
-from .importance import conv_importance
+from .head import find_classifier, get_head, kernel_of
+from .importance import check_classifier, conv_importance
 
 # %% ../nbs/62_analysis_entanglement.ipynb #a9062bd8
 def classifier_weight(
@@ -36,8 +36,8 @@ def classifier_weight(
 
 def _layer_weight(layer):
     "The vectors (C,K) of one layer."
-    if isinstance(layer, nn.Linear): return layer.weight.detach()
-    if isinstance(layer, (nn.Conv1d,nn.Conv2d,nn.Conv3d)): return conv_importance(layer).detach()
+    if isinstance(layer, nn.Linear): return kernel_of(layer).detach() # As the next forward has it: weight norm makes it anew
+    if isinstance(layer, (nn.Conv1d,nn.Conv2d,nn.Conv3d)): return conv_importance(kernel_of(check_classifier(layer))).detach()
     raise ValueError(f"The classifier is a {type(layer).__name__}, which has no weight vector per class: entanglement needs a linear classifier, a convolution or `nn.Linear`; name one as `classifier`")
 
 # %% ../nbs/62_analysis_entanglement.ipynb #540e9dca

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CAM_MASKS', 'difference_counts', 'Differences', 'predict_labels', 'differences', 'difference_boxes', 'to_picture',
-           'take_images', 'plot_differences', 'cam_masks', 'cam_layer', 'grad_cam', 'plot_grad_cam']
+           'shuffles', 'take_images', 'plot_differences', 'cam_masks', 'cam_layer', 'grad_cam', 'plot_grad_cam']
 
 # %% ../nbs/63_analysis_figures.ipynb #96a9baf5
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch import nn, Tensor
+from torch.utils.data import RandomSampler, WeightedRandomSampler
 from .analysis_context import iter_batches, open_data, open_model, _show_progress
 from .core import VOID, ClassSpec, check_choice, class_index, colorize, eval_mode
 from .head import find_classifier, get_head
@@ -132,6 +133,12 @@ def to_picture(
     x = x.expand(*x.shape[:-3], 3, *x.shape[-2:]) if x.shape[-3]==1 else x[..., :3, :, :]
     return x.clamp(0, 1).movedim(-3, -1)
 
+def shuffles(
+    data, # Batches
+) -> bool: # Do they come in another order each time?
+    "Tell loaders that shuffle: fastai's say so, PyTorch's have a random sampler."
+    return bool(getattr(data, 'shuffle', False)) or isinstance(getattr(data, 'sampler', None), (RandomSampler,WeightedRandomSampler))
+
 def take_images(
     data, # Batches with images first and labels last
     numbers, # Which images, counted from 0
@@ -139,6 +146,7 @@ def take_images(
     "Fetch single images out of batches."
     found,wanted,n = {},set(numbers),0
     if iter(data) is data: raise ValueError("These images can be walked through only once, and they were counted before: pass a list or a DataLoader")
+    if shuffles(data): raise ValueError("These images come in another order each time, so a number names no image: pass a DataLoader that does not shuffle, `dls.valid` say")
     for x,y in iter_batches(data):
         for i in range(n, n+len(x)):
             if i in wanted: found[i] = x[i-n],y[i-n]
@@ -231,6 +239,7 @@ def cam_masks(
 def cam_layer(
     model:nn.Module, # A network
     layer:str|None=None, # Name of a layer; None is the classifier
+    probe:Tensor|None=None, # Images to find it with; None draws some that fit the first convolution
 ) -> nn.Module: # The layer whose input is explained
     "Find the layer in front of which Grad-CAM looks."
     if layer is not None:
@@ -239,7 +248,7 @@ def cam_layer(
         return found[layer]
     head = get_head(model)
     if head is not None: return head
-    name = find_classifier(model)
+    name = find_classifier(model, probe=probe)
     if not isinstance(name, str): raise ValueError(f"The scores of {', '.join(name)} are added up: name the one to look at as `layer`")
     return model.get_submodule(name)
 
@@ -247,8 +256,8 @@ def _run_from(model, module, x, features=None):
     "Run a network, with other features at the input of a layer if given; return logits of the image's size and the features that the layer read."
     seen = []
     def start(m, args):
-        seen.append(args[0] if features is None else features)
-        return (seen[-1],*args[1:])
+        seen.append(args[0].clone() if features is None else features) # The layer may overwrite its input
+        if features is not None: return (features,*args[1:])
     handle = module.register_forward_pre_hook(start)
     try: logits = resize_logits(pick_logits(model(x))[0], x.shape[-2:])
     finally: handle.remove()
@@ -266,7 +275,7 @@ def grad_cam(
 ) -> Tensor: # Maps (N,n,h1,w1), not negative, at the size of the features
     "Map the positions that speak for each class."
     with eval_mode(model):
-        module,classes = cam_layer(model, layer),list(classes)
+        module,classes = cam_layer(model, layer, torch.cat([x[:1]]*2)),list(classes)
         with torch.no_grad(): logits,features = _run_from(model, module, x)
         masks = cam_masks(mask, logits, classes, target)
         share = masks/masks.flatten(2).float().mean(2)[...,None,None] # So that the mean over all pixels is the mean over M

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 from torch import nn, Tensor
@@ -380,7 +381,8 @@ def open_networks(
     labels:tuple|None=None, # Names in the report
 ) -> list: # One or two `Subject`s with the same classes and different names
     "Open the networks of an audit."
-    has_two = lambda o: path if isinstance(o, (str,Path)) or hasattr(o, 'load_model') else None
+    is_run = lambda o: isinstance(o, (str,Path)) or hasattr(o, 'load_model')
+    has_two = lambda o: path if is_run(o) or not (is_run(model) or is_run(other)) else None # Without any run, `open_model` says that there is no path to choose
     subjects = [open_model(model, class_names, has_two(model))]
     if other is not None:
         own = class_names if class_names is not None or not isinstance(other, nn.Module) else subjects[0].spec
@@ -439,7 +441,7 @@ def _mean_rows(audit, rows):
     means,label = [],{n:i for i,n in enumerate(audit.spec.names)}
     for name,group in (('mIoU', rows), ('rare mIoU', [o for o in rows if o['rare']])):
         falls = [[o['fall'][i] for o in group if o['fall'][i] is not None] for i in range(len(audit.networks))]
-        row = dict(name=name, pixels=sum(o['pixels'] for o in group), classes=sum(o['occurs'] for o in group), fall=[sum(o)/len(o) if o else None for o in falls])
+        row = dict(name=name, pixels=sum(o['pixels'] for o in group), classes=sum(any(v is not None for v in o['iou']) for o in group), fall=[sum(o)/len(o) if o else None for o in falls])
         row['iou'] = [_plain(100*mean_iou(o.context.confusion, [label[r['name']] for r in group])) for o in audit.networks]
         if len(row['iou'])==2: row['difference'] = row['iou'][1]-row['iou'][0] if None not in row['iou'] else None
         means.append(row)
@@ -665,7 +667,7 @@ def report(self:Audit,
     if path.suffix=='.html': return [_write(path, render('audit.html.j2', self, {k:f'data:image/{kind};base64,{base64.b64encode(o).decode()}' for k,(o,kind) in pictures.items()}))]
     folder = path.with_name(path.stem+'_files')
     names = {k:f"{folder.name}/{k}.{'jpg' if kind=='jpeg' else kind}" for k,(_,kind) in pictures.items()}
-    file = _write(path, render('audit.md.j2', self, names))
+    file = _write(path, render('audit.md.j2', self, {k:quote(o) for k,o in names.items()}))
     if names: folder.mkdir(exist_ok=True)
     for k,(data,_) in pictures.items(): (path.parent/names[k]).write_bytes(data)
     return [file, *(path.parent/o for o in names.values())]

@@ -169,6 +169,10 @@ def describe_comparison(
     return text+(f", and loses on {len(down)}, most on {down.idxmin()} ({down.min():+.1f})." if len(down) else ".")
 
 # %% ../nbs/71_compare.ipynb #cb6bdad1
+def _signed(value):
+    "A number with its sign; what rounds to zero has none but plus."
+    return f'{round(value, 1)+0.:+.1f}'
+
 def format_comparison(
     df:pd.DataFrame, # What `comparison` gave
 ) -> str: # Lines of text
@@ -185,7 +189,7 @@ def format_comparison(
     styles = ['.2f']+['.1f']*len(labels)+['+.1f']*(2*len(labels)-2)
     for name,row in df.iterrows():
         if name=='mIoU': lines.append(rule)
-        cells = [f'{v:{s}}' if v==v else '-' for v,s in zip(row.drop('rare'), styles)]
+        cells = [(_signed(v) if s[0]=='+' else f'{v:{s}}') if v==v else '-' for v,s in zip(row.drop('rare'), styles)]
         lines.append(f"{name+(' †' if row.rare else ''):<{first}}"+''.join(f'{o:>{w}}' for o,w in zip(cells, widths)))
     lines += ['', f"† the {int(df.rare[:-2].sum())} classes with the fewest pixels"]
     if df[labels].isna().any(axis=None): lines.append("- not in the test set; left out of the means")
@@ -368,8 +372,8 @@ def describe_arms(
         mean,rare = (df.loc[(label, o)] for o in ('mIoU','rare mIoU'))
         n = int(mean.pairs)
         if not n: lines.append(f"{label} and {first} have no seed in common, so they are not compared: train them with the same seeds."); continue
-        on_rare = f" and {rare.difference:+.1f} on the rare classes" if rare.pairs else ""
-        text = f"{label} has {mean.difference:+.1f} points of mIoU{on_rare} against {first}, over {n} common seed{'s' if n>1 else ''}"
+        on_rare = f" and {_signed(rare.difference)} on the rare classes" if rare.pairs else ""
+        text = f"{label} has {_signed(mean.difference)} points of mIoU{on_rare} against {first}, over {n} common seed{'s' if n>1 else ''}"
         if n<2: lines.append(text+"; one pair says nothing about chance."); continue
         sure = [name for name,o in (('mIoU',mean), ('the rare classes',rare)) if o.low>0 or o.high<0]
         lines.append(text+(f"; the interval leaves out 0 for {' and '.join(sure)}." if sure else "; both intervals hold 0, so these seeds do not tell the two apart."))
@@ -383,8 +387,8 @@ def difference_text(
 ) -> str: # +1.2* [+0.4, +2.0]; the star says that the interval leaves out 0
     "Write a difference with its interval, where there is one."
     if row is None or not row.get('pairs', 0)>0: return ''
-    if row.low!=row.low: return f'{row.difference:+.1f}'
-    return f"{row.difference:+.1f}{_star(row)} [{row.low:+.1f}, {row.high:+.1f}]"
+    if row.low!=row.low: return _signed(row.difference)
+    return f"{_signed(row.difference)}{_star(row)} [{_signed(row.low)}, {_signed(row.high)}]"
 
 def _star(row): return '*' if row.low>0 or row.high<0 else ' '
 
@@ -412,7 +416,7 @@ def format_arms(
     rows = [['class','pixels %',labels[0],*labels[1:]]]
     for name in df.loc[labels[0]].index[:-2]:
         first,*others = (df.loc[(l, name)] for l in labels)
-        rows.append([name+(' †' if first.rare else ''), f'{first.pixels:.2f}', _spread(first), *(f"{o.difference:+.1f}{_star(o)}" if o.pairs>0 else '-' for o in others)])
+        rows.append([name+(' †' if first.rare else ''), f'{first.pixels:.2f}', _spread(first), *(f"{_signed(o.difference)}{_star(o)}" if o.pairs>0 else '-' for o in others)])
     return '\n'.join([*lines, *_table(rows), '', f"† the {int(df.loc[labels[0]].rare[:-2].sum())} classes with the fewest pixels" + (f"; columns after {labels[0]} are differences to it" if len(labels)>1 else '')])
 
 # %% ../nbs/71_compare.ipynb #82b4007e

@@ -6,6 +6,7 @@
 __all__ = ['image_class_counts', 'repeated_images', 'ResampledDL', 'rarity_probs', 'RareClassDL']
 
 # %% ../nbs/47_data_sampling.ipynb #be87fcb6
+import numpy as np
 import torch
 from torch import Tensor
 from fastai.data.core import TfmdDL
@@ -22,8 +23,10 @@ def image_class_counts(
     counts = getattr(ds, '_image_class_counts', None)
     if counts is not None and counts.shape[1]==C: return counts
     labels = getattr(ds, 'get_mask', lambda i: ds[i][1])
-    count = lambda y: torch.bincount(y[(y>=0)&(y<C)], minlength=C)
-    counts = torch.stack([count(torch.as_tensor(labels(i)).flatten().long()) for i in range(len(ds))])
+    def count(y):
+        y = (y if isinstance(y, Tensor) else torch.from_numpy(np.array(y))).flatten().long() # fastai's masks are PIL images
+        return torch.bincount(y[(y>=0)&(y<C)], minlength=C)
+    counts = torch.stack([count(labels(i)) for i in range(len(ds))])
     if hasattr(ds, '__dict__'): ds._image_class_counts = counts
     return counts
 

@@ -60,11 +60,12 @@ def reading_layer(
     model:nn.Module, # A segmentation network
     num_classes:int, # Number of classes, C
     classifier:str|None=None, # Name of the classifier layer; None finds it
+    probe:Tensor|None=None, # Two images to find it with; None draws some that fit the first convolution
 ) -> nn.Module: # The head, or the classifier
     "Find the layer that turns features into class scores."
     layer,name = get_head(model),classifier
     if layer is None:
-        name = name or find_classifier(model, num_classes)
+        name = name or find_classifier(model, num_classes, probe)
         layer = model.get_submodule(name) if isinstance(name, str) else None
     plain = layer if get_head(model) is None else layer.classifier
     if not isinstance(plain, nn.Conv2d) or getattr(layer, 'beside', ()) or getattr(layer, 'form', 'closed form')!='closed form':
@@ -134,12 +135,13 @@ def plot_drop(
     spec:ClassSpec, # The classes
     c:int, # The class that is dropped, and whose Grad-CAM is shown
     amount:float=1., # How much of it is dropped, for the titles
+    data=None, # Where the image comes from; a fastai DataLoader knows its normalisation
 ): # Matplotlib figure
     "Draw an image, its prediction, features and Grad-CAM, with and without a class."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(8, 3.1), layout='constrained')
     axs,name = fig.subplots(2, 4),spec.names[c]
-    _show(axs[0,0], to_picture(image), 'image')
+    _show(axs[0,0], to_picture(image, data), 'image')
     _show(axs[1,0], colorize(target, spec), 'labels')
     top = before.features.abs().mean(0).max().clamp(min=1e-9),before.cams[c].max().clamp(min=1e-9)
     for row,view,when in zip(axs, (before, after), ('all classes', f'{amount:.0%} dropped')):
@@ -183,10 +185,10 @@ def image_pairs(
     return pairs
 
 def _open(model, data, spec, max_images):
-    "Network, classes, and single images on the network's device."
+    "Network, classes, single images on the network's device, and where they come from."
     subject = open_model(model, spec)
-    device = next(subject.model.parameters(), torch.empty(0)).device
-    return subject.model,subject.spec,image_pairs(open_data(subject, data), device, max_images)
+    device,data = next(subject.model.parameters(), torch.empty(0)).device,open_data(subject, data)
+    return subject.model,subject.spec,image_pairs(data, device, max_images),data
 
 # %% ../nbs/66_widgets.ipynb #8cecd6a6
 def drop_explorer(
@@ -199,8 +201,9 @@ def drop_explorer(
 ): # Widget: three controls, a picture, a sentence
     "Drop a class with a slider, and see prediction, features and Grad-CAM change."
     w = _ipywidgets()
-    net,spec,pairs = _open(model, data, spec, max_images)
-    layer = reading_layer(net, len(spec), classifier)
+    net,spec,pairs,data = _open(model, data, spec, max_images)
+    layer,head = reading_layer(net, len(spec), classifier, torch.stack([pairs[0][0]]*2)),get_head(net)
+    path = f'. Shown is the drop path; the network itself answers by the {head.predicts} path' if head is not None and head.predicts!='drop' else ''
     image = w.IntSlider(0, 0, len(pairs)-1, description='image')
     name = w.Dropdown(options=[(o,c) for c,o in enumerate(spec.names)], value=class_index(spec, start), description='class')
     amount = w.FloatSlider(1., min=0., max=1., step=.05, description='dropped')
@@ -208,7 +211,7 @@ def drop_explorer(
     def draw():
         (x,y),c = pairs[image.value],name.value
         before,after = (view_drop(net, layer, x, partial_keep(len(spec), c, o)) for o in (0., amount.value))
-        picture.value,text.value = picture_bytes(plot_drop(before, after, x, y.cpu(), spec, c, amount.value)),escape(drop_caption(before, after, c, spec.names[c]))
+        picture.value,text.value = picture_bytes(plot_drop(before, after, x, y.cpu(), spec, c, amount.value, data)),escape(drop_caption(before, after, c, spec.names[c])+path)
     return _explorer([image, name, amount], draw, picture, text)
 
 # %% ../nbs/66_widgets.ipynb #24cc7188
@@ -317,6 +320,7 @@ def plot_cell(
     spec:ClassSpec, # The classes
     erased:int, # Class X
     looked:int, # Class Y
+    data=None, # Where the images come from; a fastai DataLoader knows its normalisation
 ): # Matplotlib figure
     "Draw images with and without a class, with what the network makes of both."
     from matplotlib.figure import Figure
@@ -324,7 +328,7 @@ def plot_cell(
     h,w = found[0].target.shape
     fig = Figure(figsize=(8, .25+len(found)*min(2.6, 1.56*h/w+.2)), layout='constrained')
     for row,o in zip(fig.subplots(len(found), 5, squeeze=False), found):
-        pictures = to_picture(o.image),colorize(o.target, spec),colorize(o.before, spec),to_picture(o.erased),colorize(o.after, spec)
+        pictures = to_picture(o.image, data),colorize(o.target, spec),colorize(o.before, spec),to_picture(o.erased, data),colorize(o.after, spec)
         titles = f'image {o.number}','labels','prediction',f'{X} erased',f'{Y}: {o.lost} px lost'
         for ax,picture,title in zip(row, pictures, titles): _show(ax, picture, title)
     return fig
@@ -384,11 +388,11 @@ def colocation_explorer(
 ): # Widget: the matrix as buttons, a sentence, a picture
     "Show the co-location matrix; a click on a cell shows the images behind it."
     w = _ipywidgets()
-    net,spec,pairs = _open(model, data, spec, max_images)
+    net,spec,pairs,data = _open(model, data, spec, max_images)
     counts = colocation(net, pairs, spec, fill, bs=16 if len({o.shape for o,_ in pairs})==1 else 1)
     text,picture = w.HTML('Click a cell to see the images behind it.'),w.Image(format='png', layout=w.Layout(max_width='800px', display='none'))
     def click(erased, looked):
         found = behind_cell(net, pairs, erased, looked, fill, k)
         text.value,picture.layout.display = escape(cell_caption(counts, erased, looked, found)),'block' if found else 'none'
-        if found: picture.value = picture_bytes(plot_cell(found, spec, erased, looked))
+        if found: picture.value = picture_bytes(plot_cell(found, spec, erased, looked, data))
     return w.VBox([cell_buttons(counts, click), text, picture])

@@ -50,7 +50,7 @@ def project():
 def copy(tmp_path_factory):
     "A copy of what the package is made from, so that no test writes into the checkout."
     dest = tmp_path_factory.mktemp('copy')
-    for name in ('pyproject.toml', 'settings.ini', 'setup.py', 'README.md', 'LICENSE', '_quarto.yml'): shutil.copy(root/name, dest)
+    for name in ('pyproject.toml', 'settings.ini', 'setup.py', 'MANIFEST.in', 'README.md', 'LICENSE', '_quarto.yml'): shutil.copy(root/name, dest)
     ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'llms.txt')
     for name in ('nbs', 'dropclass', '.ci'): shutil.copytree(root/name, dest/name, ignore=ignore, symlinks=True)
     return dest
@@ -86,8 +86,18 @@ def test_repeated_fields_agree(settings, project):
 def test_bounds_not_pins(settings):
     "Lower bounds only: an exact torch would not fit the torchvision of somebody's GPU."
     wanted = [o.strip() for key in settings if key.endswith('requirements') for o in settings[key].splitlines() if o.strip()]
-    assert {'torch>=2.6', 'torchvision>=0.21', 'fastai>=2.8', 'nbdev>=3.3'} <= set(wanted)
+    assert {'torch>=2.6', 'torchvision>=0.21', 'fastai>=2.8.12', 'fastcore>=2.2.22', 'nbdev>=3.3'} <= set(wanted)
     assert not [o for o in wanted if '==' in o or '<' in o or '~' in o]
+
+
+def test_the_source_distribution_builds_the_same_wheel(copy, wheel, tmp_path):
+    "`python -m build` makes the wheel out of the sdist, so all that setup.py reads must be in it."
+    build = 'from setuptools import build_meta; print(build_meta.build_{}({!r}))'
+    run(sys.executable, '-c', build.format('sdist', str(tmp_path)), cwd=copy)
+    shutil.unpack_archive(next(tmp_path.glob('*.tar.gz')), tmp_path)
+    run(sys.executable, '-c', build.format('wheel', str(tmp_path)), cwd=next(o for o in tmp_path.iterdir() if o.is_dir()))
+    names = lambda file: {o for o in ZipFile(file).namelist() if not o.endswith('/RECORD')}
+    assert names(next(tmp_path.glob('*.whl')))==names(wheel)
 
 
 def test_metadata_of_the_wheel(wheel, settings, project):

@@ -72,9 +72,9 @@ def _head_options(file):
     if Path(file).suffix=='.safetensors':
         with safe_open(file, 'pt') as f: found = (f.metadata() or {}).get('dropclass')
         if found: return json.loads(found)
-    if Path(file).with_name('config.json').is_file():
-        from dropclass.experiment import read_config
-        return {k:v for k,v in read_config(Path(file).parent).dropclass.items() if k in HEAD_OPTIONS}
+    try: config = json.loads(Path(file).with_name('config.json').read_text())
+    except (OSError, ValueError): config = None
+    if isinstance(config, dict) and config.get('format')==1 and 'dropclass' in config: return {k:v for k,v in config['dropclass'].items() if k in HEAD_OPTIONS}
     warnings.warn(f"{Path(file).name} does not say how its DropClass head was set up (scale, average, ...), so it gets the default options: audit the run's folder if there is one")
     return {}
 

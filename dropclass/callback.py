@@ -8,6 +8,7 @@ __all__ = ['DropClassCallback', 'class_names', 'extend_optimizer']
 # %% ../nbs/30_callback.ipynb #d02fc619
 import torch
 from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import patch, store_attr
 from fastai.callback.core import Callback
@@ -120,6 +121,7 @@ def setup_draw(self:DropClassCallback):
     if unknown: raise ValueError(f"`never_drop` names {unknown[0]!r}, which is no class; the classes are {', '.join(self.names)}")
     never = {self.names.index(o) if isinstance(o, str) else o for o in self.never_drop}
     self.droppable = [i for i in range(len(self.names)) if i not in never]
+    if not self.droppable: raise ValueError(f"`never_drop` names all {len(self.names)} classes, so none can be dropped: leave at least one out of it")
     self.draw_weights = self.fixed_weights()
 
 @patch
@@ -136,6 +138,7 @@ def extend_optimizer(
     known = {p for params in learn.opt.param_lists for p in params}
     new = [p for p in head.compensation.parameters() if p not in known]
     if not new: return
+    for p in new: learn.opt.state.setdefault(p, {}) # After `load` and `lr_find` fastai's state is a plain dict
     last = list(head.classifier.parameters())[-1]
     params = next((o for o in learn.opt.param_lists if any(p is last for p in o)), learn.opt.param_lists[-1])
     at = next((i+1 for i,p in enumerate(params) if p is last), len(params))
@@ -289,27 +292,31 @@ def measure_tail(self:DropClassCallback): # Options of the resize as a dict, or 
     seen,out = self.run_tail(lambda o: o)
     if len(seen)!=1: return 'the head runs several times'
     if seen[0].shape==out.shape: return 'the tail resizes nothing'
+    if out.shape[2:]!=self.yb[0].shape[1:]: return 'the prediction has another size than the labels'
     resize = find_resize(seen[0], out)
     if resize is None: return 'the tail is no plain resize'
     try: seen,out = self.run_tail(lambda o: o[:,:1], learns=True)
     except Exception as e: return f'the tail needs all channels ({type(e).__name__})'
     if out.requires_grad: return 'the tail learns'
-    return resize if find_resize(seen[0][:,:1], out)==resize else 'the tail needs all channels'
+    return resize if find_resize(seen[0][:,:1], out)==resize else 'the tail needs all channels, or is another one in training'
 
 @patch
 def run_tail(self:DropClassCallback,
     answer, # What the head returns, made from its logits (1,C,h1,w1)
-    learns:bool=False, # Record what the tail computes for gradients?
+    learns:bool=False, # As in training: record what the tail computes for gradients, and switch dropout on?
 ) -> tuple: # Logits of every call of the head as a list, and the main prediction
     "Send one image through the network in evaluation mode, with logits that need no gradient."
     model,seen = getattr(self.learn.model, 'module', self.learn.model),[]
     def note(m, args, out):
         if m.leaf is not None: return # The importance is being differentiated, which runs the head again
-        seen.append(out.detach())
-        return answer(seen[-1])
+        seen.append(out.detach().clone()) # The tail may overwrite it
+        return answer(out.detach())
     handle = self.drop_head.register_forward_hook(note)
     try:
-        with torch.set_grad_enabled(learns), eval_mode(model), uncompiled(): return seen,main_output(model(*(o[:1] for o in self.xb)))
+        with torch.set_grad_enabled(learns), eval_mode(model), uncompiled(), torch.random.fork_rng():
+            for m in model.modules():
+                if learns and isinstance(m, _DropoutNd): m.training = True # Kept values grow, so a dropout in the tail shows
+            return seen,main_output(model(*(o[:1] for o in self.xb)))
     finally: handle.remove()
 
 @patch

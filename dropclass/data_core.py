@@ -228,15 +228,20 @@ def split_pairs(
     return [o for i,o in enumerate(pairs) if i not in held_out],[o for i,o in enumerate(pairs) if i in held_out]
 
 # %% ../nbs/40_data_core.ipynb #2e57b506
+def _upright_size(opened):
+    "Width and height as `open_image` gives them, from the header alone."
+    exif = Image.Exif()
+    exif.load(opened.info.get('exif', b''))
+    return opened.size[::-1] if exif.get(ROTATION, 1)>4 else opened.size # From 5 on, rows are columns
+
 def _check_header(image, mask):
     "Refuse a pair that cannot be read, or whose sizes differ."
-    opened,exif = open_image(image, load=False),Image.Exif()
-    exif.load(opened.info.get('exif', b''))
-    size = opened.size[::-1] if exif.get(ROTATION, 1)>4 else opened.size # From 5 on, rows are columns
+    size = _upright_size(open_image(image, load=False))
     if mask is None: return size[::-1]
     opened = open_image(mask, load=False)
     _check_mask_mode(opened, mask)
-    if opened.size!=size: raise ValueError(f"{image} is {size[0]}x{size[1]} pixels and its mask {mask} is {opened.size[0]}x{opened.size[1]}: they must be the same size")
+    own = _upright_size(opened)
+    if own!=size: raise ValueError(f"{image} is {size[0]}x{size[1]} pixels and its mask {mask} is {own[0]}x{own[1]}: they must be the same size")
     return size[::-1]
 
 # %% ../nbs/40_data_core.ipynb #b34fcb27

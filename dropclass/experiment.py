@@ -459,12 +459,14 @@ def check_unused(
 
 def clear_unstarted(
     out:str|Path, # A run's folder
-) -> bool: # Is the folder gone?
+    remove:bool=True, # Delete the folder as well?
+) -> bool: # Is the folder free again?
     "Delete what a run leaves that ended in its first epoch; there is nothing to resume."
     out = Path(out)
-    if not out.is_dir() or not {o.name for o in out.iterdir()}<={'config.json','history.csv'}: return False
-    for o in out.iterdir(): o.unlink()
-    out.rmdir()
+    names = {o.name for o in out.iterdir()} if out.is_dir() else set()
+    if not names or not names<={'config.json','history.csv'}: return False
+    for o in names: (out/o).unlink()
+    if remove and not out.is_symlink() and not out.samefile('.'): out.rmdir()
     return True
 
 def open_folder(
@@ -589,18 +591,19 @@ def train_run(
     with joined():
         if not from_first(lambda: _is_finished(out, config, resume)):
             learn = make_learner(config, out) # Before the folder is made: data that cannot be read leave none behind
+            made = not out.exists()
             recorder = RunRecorder(out, config_hash(config), from_first(lambda: open_folder(out, config, resume)))
             if not progress: learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-            with _or_nothing(out), _over_ranks(learn, config): learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), ValidEvery(config.valid_every), recorder, EpochLines(write=write), *cbs])
+            with _or_nothing(out, made), _over_ranks(learn, config): learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), ValidEvery(config.valid_every), recorder, EpochLines(write=write), *cbs])
             finish_run(learn, out, config, recorder.seconds)
         return load_run(out) if is_first() else None
 
 @contextmanager
-def _or_nothing(out):
+def _or_nothing(out, made):
     "Clear a folder again if no epoch was finished."
     try: yield
     except BaseException:
-        if is_first(): clear_unstarted(out)
+        if is_first(): clear_unstarted(out, made)
         raise
 
 def _is_finished(out, config, resume):

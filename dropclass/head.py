@@ -9,6 +9,7 @@ __all__ = ['probe_sizes', 'compensation_block', 'DropClassHead', 'eps_share', 's
 
 # %% ../nbs/20_head.ipynb #925539e5
 import contextlib
+import re
 import sys
 import warnings
 from collections.abc import Mapping
@@ -210,9 +211,20 @@ def predicts(self:DropClassHead) -> str: # 'plain', 'drop' or 'mean'
 @patch
 def read_flag(self:DropClassHead):
     "Follow the buffer `drop_trained` where something else than this class wrote into it, an average of weights say; looks at its values only if they changed."
-    if self.drop_trained.is_inference(): return # Such tensors do not count their versions
-    seen = id(self.drop_trained),self.drop_trained._version
-    if seen!=self._flag_seen: self._drop_trained,self._flag_seen = bool(self.drop_trained>=.5),seen
+    flag = self.drop_trained
+    if flag.is_meta or flag.is_inference(): return # Without values, and without a count of changes
+    seen = id(flag),flag._version
+    if seen==self._flag_seen: return
+    try: self._drop_trained,self._flag_seen = bool(flag>=.5),seen
+    except RuntimeError: pass # Under `vmap` a tensor has no one value
+
+@patch
+def train(self:DropClassHead,
+    mode:bool=True, # Training mode?
+):
+    "As any module; the flag is read here, too, since neither `torch.export` nor `torch.compile` may do so later."
+    self.read_flag()
+    return nn.Module.train(self, mode)
 
 @patch(as_prop=True)
 def armed(self:DropClassHead) -> bool: # Will the next forward return both paths?
@@ -303,6 +315,7 @@ def mark_trained(self:DropClassHead,
     trained:bool=True, # Has the drop path been trained?
 ):
     "Record, in the state dict too, that the drop path may answer for `predict='auto'`."
+    self.read_flag()
     if trained==self._drop_trained: return
     self.drop_trained.fill_(float(trained))
     self._drop_trained = trained
@@ -320,11 +333,16 @@ def split_paths(
     if isinstance(out, (tuple,list)):
         pairs = [split_paths(o, batch_size) for o in out]
         return _like(out, (o[0] for o in pairs)), _like(out, (o[1] for o in pairs))
-    if not isinstance(out, Tensor) or not out.dim(): return out, None # No logits: a name, a loss
+    if _no_logits(out): return out, None
+    if not isinstance(out, Tensor): raise TypeError(f"An output of type {type(out).__name__} cannot be split: give `split_paths` the tensor in it, `out.logits` say, or a dict, tuple or list of tensors")
     if len(out)==2*batch_size: return out.split(batch_size) # One backward for both; two slices would fill 2N rows twice
     if len(out)==batch_size: return out, None
     raise ValueError(f"An output of shape {tuple(out.shape)} holds neither {batch_size} nor {2*batch_size} rows for a batch of {batch_size}: "
                      "something behind the classifier mixes rows; give `batch_size` the number of images the model got")
+
+def _no_logits(out):
+    "Something that has no rows: None, a name, a number, a loss."
+    return out is None or isinstance(out, (str,int,float)) or (isinstance(out, Tensor) and not out.dim())
 
 def _like(out, items):
     "A tuple or list of the kind of `out`, named tuples too."
@@ -563,9 +581,23 @@ def _leaves(node, stop=None):
     return leaves
 
 def _parameters_behind(score, logits):
-    "Is there a parameter behind the logits, one of no module perhaps, that has no part in the logits?"
+    "Does what follows the logits scale them by a parameter, one of no module perhaps? What is only added has no part in Eq. (1)."
     before = {id(o) for o in _leaves(logits.grad_fn)}
-    return any(id(o) not in before for o in _leaves(score.grad_fn, logits.grad_fn))
+    slope = torch.autograd.grad(score, logits, create_graph=True)[0]
+    return slope.grad_fn is not None and any(id(o) not in before for o in _leaves(slope.grad_fn, logits.grad_fn))
+
+_POSITIVE = ('Relu','Sigmoid','Softmax','Softplus','Hardsigmoid','Exp','Abs')
+_KEEPS_SIGN = ('Upsample','AvgPool','AdaptiveAvgPool','MaxPool','Max','Cat','Stack','View','UnsafeView','Reshape','Permute','Transpose','T','Slice','Split','Select','Index','Expand','Clone','ToCopy',
+    'Unsqueeze','Squeeze','NativeDropout','Mul','Add','Mean','Sum','Unbind','Contiguous')
+
+def _never_negative(node, depth=0):
+    "Is a value not negative whatever the weights are? Follows autograd's graph to where a ReLU made it so."
+    if node is None or depth>64: return False
+    kind = re.sub(r'(Bilinear|Nearest|Bicubic|Exact|WithIndices)?([123]D|WithIndices)*(Backward)?\d*$', '', type(node).__name__)
+    if kind in _POSITIVE: return True
+    if kind=='Hardtanh': return node._saved_min_val>=0 # ReLU6
+    if kind=='Add' and getattr(node, '_saved_alpha', 1)<0: return False
+    return kind in _KEEPS_SIGN and len(node.next_functions)>0 and all(_never_negative(o, depth+1) for o,_ in node.next_functions)
 
 def _describe(tail, out_size, size, residual):
     "What follows a classifier, in words."
@@ -581,7 +613,7 @@ class ClassifierFacts:
     channels: int # Feature channels, K
     num_classes: int # Classes of the main prediction, C
     dims: int # Spatial axes of the features
-    signed: bool # Were there negative features?
+    signed: bool # May features be negative? Not if a ReLU, or the like, made them
     stacks: bool # May the plain and the drop logits go through the tail as one batch?
     form: str # 'closed form' or 'autograd'
     follows: str # What follows the classifier, in words
@@ -603,7 +635,7 @@ def inspect_classifier(
     found = tail['num_classes']
     if num_classes not in (None, found):
         raise ValueError(f"`num_classes` is {num_classes}, but the model predicts {found} classes: build the model with {num_classes}, or give the number it has")
-    return ClassifierFacts(names=names, dims=spy.features.dim()-2, signed=spy.lowest<0, stacks=stacks, **tail)
+    return ClassifierFacts(names=names, dims=spy.features.dim()-2, stacks=stacks, **tail)
 
 # %% ../nbs/20_head.ipynb #dda5d02f
 def _tail_facts(model, names, spy, probe):
@@ -625,7 +657,8 @@ def _tail_facts(model, names, spy, probe):
     if spy.channels_last: channels,classes_first = spy.features.shape[-1],at_logits.transpose(1, -1)
     closed = has_kernel(spy.classifier) and not residual and not learns and _is_uniform(classes_first, weights)
     size = spy.logits.shape[1:-1] if spy.channels_last else spy.logits.shape[2:]
-    return dict(channels=channels, num_classes=out.shape[1], form='closed form' if closed else 'autograd',
+    signed = spy.lowest<0 or not _never_negative(spy.features.grad_fn)
+    return dict(channels=channels, num_classes=out.shape[1], signed=signed, form='closed form' if closed else 'autograd',
                 follows=_describe(tail, tuple(out.shape[2:]), tuple(size), residual), tail=tail)
 
 def _tail_stacks(model, spy, probe):
@@ -728,10 +761,11 @@ class _Replay:
 # %% ../nbs/20_head.ipynb #e15168df
 def _stack_outputs(plain, drop):
     "Stack two outputs of a model along the batch axis, tensor by tensor."
-    if isinstance(plain, Tensor) and plain.dim(): return torch.cat([plain, drop])
+    if _no_logits(plain): return plain
+    if isinstance(plain, Tensor): return torch.cat([plain, drop])
     if isinstance(plain, Mapping): return {k:_stack_outputs(v, drop[k]) for k,v in plain.items() if v is not None}
     if isinstance(plain, (tuple,list)): return _like(plain, (_stack_outputs(a, b) for a,b in zip(plain, drop)))
-    return plain
+    raise TypeError(f"The model returns {type(plain).__name__}, whose two paths cannot be stacked: let it return a tensor, or a dict, tuple or list of tensors")
 
 class _Tail:
     "Hooks of the root model that let its head run what follows it again."
@@ -739,7 +773,7 @@ class _Tail:
     def before(self, model, args, kwargs):
         "Record this forward if the head will need its tail."
         head,self.call = self.head,None
-        drops = head.armed or not head.training and head.predicts!='plain'
+        drops = head.armed or (not head.training or not torch.is_grad_enabled()) and head.predicts!='plain' # Without gradients and in training mode: `update_bn`
         self.replay.outputs.clear()
         self.replay.on = head.armed if head.form=='closed form' else drops
         if self.replay.on: self.call = model,args,kwargs

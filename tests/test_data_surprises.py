@@ -7,9 +7,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from fastai.callback.core import Callback
 from PIL import Image
 
-from dropclass.audit import audit_files, load_network
+from dropclass.audit import _head_options, audit_files, load_network
 from dropclass.cli import default_folder, make_config
 from dropclass.compare import comparison, describe_arms, describe_comparison, compare_arms, group_arms, predict_images, read_run
 from dropclass.core import ClassSpec
@@ -126,15 +127,16 @@ def test_seeds_of_moved_data_are_one_arm(folders, tmp_path):
     assert len(group_arms([read_run(o) for o in runs]))==1
 
 
-def test_twins_and_rotated_photographs(tmp_path):
+def test_rotated_photographs(tmp_path):
     "A photograph that EXIF turns fits a mask that stands upright."
     exif = Image.Exif()
     exif[274] = 6
     for o in ('images','masks'): (tmp_path/o).mkdir()
     Image.new('RGB', (8,4)).save(tmp_path/'images/0.jpg', exif=exif)
-    Image.new('L', (4,8)).save(tmp_path/'masks/0.png')
-    x,y = SegmentationItems(pair_files(tmp_path/'images', tmp_path/'masks'), ClassSpec(('a','b')))[0]
-    assert x.shape==(3,8,4) and y.shape==(8,4)
+    Image.new('L', (4,8)).save(tmp_path/'masks/0.png') # Upright already
+    Image.new('RGB', (8,4)).save(tmp_path/'images/1.jpg', exif=exif)
+    Image.new('L', (8,4)).save(tmp_path/'masks/1.png', exif=exif) # Turned by the same tag
+    for x,y in SegmentationItems(pair_files(tmp_path/'images', tmp_path/'masks'), ClassSpec(('a','b'))): assert x.shape==(3,8,4) and y.shape==(8,4)
 
 
 def test_folder_names_are_fit_for_any_disk():
@@ -143,6 +145,25 @@ def test_folder_names_are_fit_for_any_disk():
 
 
 # ---- runs that fail, and weights that travel
+
+def test_a_failing_run_keeps_the_users_folder(tmp_path, monkeypatch):
+    "Only what the run made goes, and the error is the run's own."
+    class Stop(Callback):
+        def before_epoch(self): raise KeyboardInterrupt
+    (tmp_path/'mine').mkdir()
+    (tmp_path/'link').symlink_to(tmp_path/'mine')
+    monkeypatch.chdir(tmp_path/'mine')
+    for out in (tmp_path/'mine', tmp_path/'link', '.'):
+        with pytest.raises(KeyboardInterrupt): train_run(Config(**SMALL), out, progress=False, cbs=[Stop()])
+        assert (tmp_path/'mine').is_dir() and not any((tmp_path/'mine').iterdir())
+
+
+def test_another_programs_configuration(tmp_path):
+    "A config.json beside weights need not be ours."
+    (tmp_path/'config.json').write_text('{"architecture": "x"}')
+    (tmp_path/'model.pth').touch()
+    with pytest.warns(UserWarning, match='default options'): assert _head_options(tmp_path/'model.pth')=={}
+
 
 def test_a_run_that_fails_at_once_leaves_nothing(tmp_path, monkeypatch):
     "The folder is free again for the next try."

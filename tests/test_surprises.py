@@ -1,4 +1,5 @@
 "Networks, losses and tools that do a little more than the usual: the callback and the head must train them, or say why not."
+import copy
 from collections import namedtuple
 
 import pytest
@@ -11,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from dropclass.baselines import FadeWeightsCallback, IgnoreLabelCallback
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID
-from dropclass.head import add_dropclass, get_head, split_paths
+from dropclass.head import add_dropclass, get_head, inspect_classifier, split_paths
 from dropclass.testing import ToyNet, toy_batch, toy_dls, toy_learner
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*insecure.*')
@@ -240,3 +241,139 @@ def test_hidden_labels_of_small_integers():
     learn.loss_func = Cast()
     learn.fit(1)
     assert len(cb.ignored)==4
+
+
+# ---- what fastai does before a fit
+
+@pytest.mark.parametrize('before', ['lr_find', 'load'])
+def test_a_fit_after_lr_find_or_load(tmp_path, before):
+    "Both leave an optimizer whose state is a plain dict."
+    learn = toy_learner(path=tmp_path)
+    if before=='lr_find':
+        with learn.no_bar(): learn.lr_find(show_plot=False, num_it=5)
+    else:
+        learn.fit(1)
+        learn.save('stage')
+        learn.load('stage', weights_only=False)
+    learn.fit(1, cbs=DropClassCallback())
+    before = block_weight(learn.model)
+    learn.fit(1, cbs=DropClassCallback())
+    assert not torch.equal(before, block_weight(learn.model))
+
+
+def test_a_class_must_be_left_to_drop():
+    with pytest.raises(ValueError, match='names all 4 classes'): toy_learner(cbs=DropClassCallback(never_drop=range(4)))
+
+
+# ---- tails and features that change with training
+
+class Overwrites(ToyNet):
+    def forward(self, x):
+        logits = self.classifier(self.backbone(x))
+        logits /= .1
+        return F.interpolate(logits, size=x.shape[-2:], mode='bilinear')
+
+
+class Drops(ToyNet):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout2d(.1)
+    def forward(self, x): return F.interpolate(self.drop(self.classifier(self.backbone(x))), size=x.shape[-2:], mode='bilinear')
+
+
+@pytest.mark.parametrize('make', [Overwrites, Drops])
+def test_a_tail_that_overwrites_or_is_random_is_not_left_out(make):
+    learn,cb = toy_learner(model=make()),DropClassCallback()
+    learn.fit(1, cbs=cb)
+    assert cb.route.startswith('stacked: ')
+
+
+def test_looking_at_the_tail_draws_no_random_numbers():
+    "A dropout in front of the classifier does not send training another way when the route is chosen."
+    class Before(ToyNet):
+        def __init__(self):
+            super().__init__()
+            self.backbone.append(nn.Dropout(.5))
+    learn,cb,states = toy_learner(model=Before()),DropClassCallback(),[]
+    learn.add_cb(cb)
+    run = cb.run_tail
+    def watched(*args, **kwargs):
+        states.append(torch.get_rng_state())
+        try: return run(*args, **kwargs)
+        finally: states.append(torch.get_rng_state())
+    cb.run_tail = watched
+    learn.fit(1)
+    assert cb.route.startswith('fused') and len(states)==4 and all(torch.equal(states[0], o) for o in states)
+
+
+class Beside(ToyNet):
+    "Scores are added to the classifier's: they have no part in Eq. (1)."
+    def __init__(self):
+        super().__init__()
+        self.edge,self.bias = nn.Conv2d(3, 4, 1),nn.Parameter(torch.zeros(4, 1, 1))
+    def forward(self, x): return super().forward(x)+self.edge(x)+self.bias
+
+
+def test_what_is_added_keeps_the_closed_form():
+    assert inspect_classifier(Beside(), 'classifier', 4).form=='closed form' and inspect_classifier(Temperature(), 'classifier', 4).form=='autograd'
+
+
+class Gated(ToyNet):
+    "Features that are a ReLU's at first, and something else once the gate has learned."
+    def __init__(self):
+        super().__init__()
+        self.gate,self.more = nn.Parameter(torch.zeros(1)),nn.Conv2d(8, 8, 3, padding=1)
+    def forward(self, x):
+        features = self.backbone(x)
+        return F.interpolate(self.classifier(features+self.gate*self.more(features)), size=x.shape[-2:], mode='bilinear')
+
+
+@pytest.mark.parametrize('make,signed', [(ToyNet, False), (Gated, True)])
+def test_features_are_unsigned_only_where_they_stay_so(make, signed):
+    assert inspect_classifier(make(), num_classes=4).signed==signed
+
+
+def test_statistics_of_a_head_that_needs_the_tail():
+    "`update_bn` works where the classifier's channels are not the classes."
+    class Shuffled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone,self.classifier,self.up = ToyNet().backbone,nn.Conv2d(8, 16, 1),nn.PixelShuffle(2)
+        def forward(self, x): return self.up(self.classifier(self.backbone(x)))
+    model,(x, _) = Shuffled(),toy_batch()
+    head = add_dropclass(model, 4, classifier='classifier')
+    head.mark_trained()
+    update_bn([x, x], model)
+    assert head.compensation[1].num_batches_tracked==2
+    seen = []
+    head.compensation[1].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad(): model.eval()(x), model.train()(x)
+    assert torch.allclose(seen[0].mean((0, 2, 3)), seen[1].mean((0, 2, 3)), rtol=.5, atol=.05) # BatchNorms before it differ by mode
+
+
+def test_an_averaged_network_is_exported_as_it_answers():
+    model,(x, _) = ToyNet(),toy_batch()
+    head = add_dropclass(model)
+    average = AveragedModel(model)
+    head.mark_trained()
+    average.update_parameters(model)
+    average.eval()
+    exported = torch.export.export(average.module, (x,)).module()
+    assert torch.allclose(exported(x), average(x), atol=1e-5) and torch.allclose(average(x), model.eval()(x), atol=1e-5)
+
+
+def test_networks_without_values():
+    "The flag of a network on `meta` is kept; a buffer set by hand is seen."
+    model = ToyNet().eval()
+    head = add_dropclass(model)
+    assert copy.deepcopy(model).to('meta')(torch.empty(1, 3, 16, 16, device='meta')).shape==(1, 4, 16, 16)
+    head.mark_trained()
+    head.drop_trained.zero_()
+    head.mark_trained()
+    assert head.predicts=='drop'
+
+
+def test_outputs_that_cannot_be_split_say_so():
+    class Output:
+        def __init__(self, logits): self.logits = logits
+    with pytest.raises(TypeError, match='`out.logits` say'): split_paths(Output(torch.zeros(4, 2)), 2)

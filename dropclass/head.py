@@ -588,7 +588,7 @@ def _parameters_behind(score, logits):
 
 _POSITIVE = ('Relu','Sigmoid','Softmax','Softplus','Hardsigmoid','Exp','Abs')
 _KEEPS_SIGN = ('Upsample','AvgPool','AdaptiveAvgPool','MaxPool','Max','Cat','Stack','View','UnsafeView','Reshape','Permute','Transpose','T','Slice','Split','Select','Index','Expand','Clone','ToCopy',
-    'Unsqueeze','Squeeze','NativeDropout','Mul','Add','Mean','Sum','Unbind','Contiguous')
+    'Unsqueeze','Squeeze','PixelShuffle','PixelUnshuffle','ReflectionPad','ReplicationPad','SplitWithSizes','NativeDropout','Mul','Add','Mean','Sum','Unbind','Contiguous')
 
 def _never_negative(node, depth=0):
     "Is a value not negative whatever the weights are? Follows autograd's graph to where a ReLU made it so."

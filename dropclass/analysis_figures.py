@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from torch.utils.data import RandomSampler, WeightedRandomSampler
+from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from .analysis_context import iter_batches, open_data, open_model, _show_progress
 from .core import VOID, ClassSpec, check_choice, class_index, colorize, eval_mode
 from .head import find_classifier, get_head
@@ -137,7 +137,8 @@ def shuffles(
     data, # Batches
 ) -> bool: # Do they come in another order each time?
     "Tell loaders that shuffle: fastai's say so, PyTorch's have a random sampler."
-    return bool(getattr(data, 'shuffle', False)) or isinstance(getattr(data, 'sampler', None), (RandomSampler,WeightedRandomSampler))
+    samplers = (getattr(o, 'sampler', None) for o in (data, getattr(data, 'batch_sampler', None)))
+    return getattr(data, 'shuffle', False) is True or any(isinstance(o, (RandomSampler,SubsetRandomSampler,WeightedRandomSampler)) for o in samplers)
 
 def take_images(
     data, # Batches with images first and labels last
@@ -239,7 +240,7 @@ def cam_masks(
 def cam_layer(
     model:nn.Module, # A network
     layer:str|None=None, # Name of a layer; None is the classifier
-    probe:Tensor|None=None, # Images to find it with; None draws some that fit the first convolution
+    probe:Tensor|None=None, # Images to find it with where drawn ones do not go through the network
 ) -> nn.Module: # The layer whose input is explained
     "Find the layer in front of which Grad-CAM looks."
     if layer is not None:
@@ -248,7 +249,10 @@ def cam_layer(
         return found[layer]
     head = get_head(model)
     if head is not None: return head
-    name = find_classifier(model, probe=probe)
+    try: name = find_classifier(model)
+    except ValueError:
+        if probe is None: raise
+        name = find_classifier(model, probe=probe) # It takes images of one size, say
     if not isinstance(name, str): raise ValueError(f"The scores of {', '.join(name)} are added up: name the one to look at as `layer`")
     return model.get_submodule(name)
 

@@ -8,7 +8,6 @@ __all__ = ['DropClassCallback', 'class_names', 'extend_optimizer']
 # %% ../nbs/30_callback.ipynb #d02fc619
 import torch
 from torch import Tensor
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import patch, store_attr
 from fastai.callback.core import Callback
@@ -303,7 +302,7 @@ def measure_tail(self:DropClassCallback): # Options of the resize as a dict, or 
 @patch
 def run_tail(self:DropClassCallback,
     answer, # What the head returns, made from its logits (1,C,h1,w1)
-    learns:bool=False, # As in training: record what the tail computes for gradients, and switch dropout on?
+    learns:bool=False, # As in training: record what the tail computes for gradients, and switch dropout and the like on?
 ) -> tuple: # Logits of every call of the head as a list, and the main prediction
     "Send one image through the network in evaluation mode, with logits that need no gradient."
     model,seen = getattr(self.learn.model, 'module', self.learn.model),[]
@@ -313,9 +312,9 @@ def run_tail(self:DropClassCallback,
         return answer(out.detach())
     handle = self.drop_head.register_forward_hook(note)
     try:
-        with torch.set_grad_enabled(learns), eval_mode(model), uncompiled(), torch.random.fork_rng():
+        with torch.set_grad_enabled(learns), eval_mode(model), uncompiled(), torch.random.fork_rng([o.device for o in self.xb[:1] if o.is_cuda]):
             for m in model.modules():
-                if learns and isinstance(m, _DropoutNd): m.training = True # Kept values grow, so a dropout in the tail shows
+                if learns and not m._buffers: m.training = True # All but norms, which would learn from the probe; a dropout in the tail shows
             return seen,main_output(model(*(o[:1] for o in self.xb)))
     finally: handle.remove()
 

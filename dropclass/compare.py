@@ -171,7 +171,7 @@ def describe_comparison(
 # %% ../nbs/71_compare.ipynb #cb6bdad1
 def _signed(value):
     "A number with its sign; what rounds to zero has none but plus."
-    return f'{round(value, 1)+0.:+.1f}'
+    return f'{round(float(value), 1)+0.:+.1f}'
 
 def format_comparison(
     df:pd.DataFrame, # What `comparison` gave

@@ -223,7 +223,9 @@ def train(self:DropClassHead,
     mode:bool=True, # Training mode?
 ):
     "As any module; the flag is read here, too, since neither `torch.export` nor `torch.compile` may do so later."
-    self.read_flag()
+    if not torch.compiler.is_compiling():
+        self._flag_seen = None # Whoever writes through `.data` leaves no trace
+        self.read_flag()
     return nn.Module.train(self, mode)
 
 @patch(as_prop=True)
@@ -587,17 +589,20 @@ def _parameters_behind(score, logits):
     return slope.grad_fn is not None and any(id(o) not in before for o in _leaves(slope.grad_fn, logits.grad_fn))
 
 _POSITIVE = ('Relu','Sigmoid','Softmax','Softplus','Hardsigmoid','Exp','Abs')
-_KEEPS_SIGN = ('Upsample','AvgPool','AdaptiveAvgPool','MaxPool','Max','Cat','Stack','View','UnsafeView','Reshape','Permute','Transpose','T','Slice','Split','Select','Index','Expand','Clone','ToCopy',
-    'Unsqueeze','Squeeze','PixelShuffle','PixelUnshuffle','ReflectionPad','ReplicationPad','SplitWithSizes','NativeDropout','Mul','Add','Mean','Sum','Unbind','Contiguous')
+_KEEPS_SIGN = ('Upsample','AvgPool','AdaptiveAvgPool','MaxPool','Max','Cat','Stack','View','UnsafeView','Reshape','ReshapeAlias','Permute','Transpose','T','Slice','Split','SplitWithSizes','Select',
+    'Index','Expand','Clone','ToCopy','Unsqueeze','Squeeze','PixelShuffle','PixelUnshuffle','ReflectionPad','ReplicationPad','NativeDropout','Mul','Add','Mean','Sum','Unbind','Contiguous')
 
-def _never_negative(node, depth=0):
+def _never_negative(node, known=None):
     "Is a value not negative whatever the weights are? Follows autograd's graph to where a ReLU made it so."
-    if node is None or depth>64: return False
-    kind = re.sub(r'(Bilinear|Nearest|Bicubic|Exact|WithIndices)?([123]D|WithIndices)*(Backward)?\d*$', '', type(node).__name__)
-    if kind in _POSITIVE: return True
-    if kind=='Hardtanh': return node._saved_min_val>=0 # ReLU6
-    if kind=='Add' and getattr(node, '_saved_alpha', 1)<0: return False
-    return kind in _KEEPS_SIGN and len(node.next_functions)>0 and all(_never_negative(o, depth+1) for o,_ in node.next_functions)
+    known = {} if known is None else known
+    if node is None: return False
+    if node not in known:
+        kind = re.sub(r'((Bilinear|Trilinear|Linear|Nearest|Exact|WithIndices|[123]D)*Backward\d*)$', '', type(node).__name__) # Bicubic overshoots
+        before = [o for o,_ in node.next_functions]
+        if kind=='Hardtanh': known[node] = node._saved_min_val>=0 # ReLU6
+        elif kind=='Add' and getattr(node, '_saved_alpha', 1)<0: known[node] = False
+        else: known[node] = kind in _POSITIVE or kind in _KEEPS_SIGN and len(before)>0 and all(_never_negative(o, known) for o in before)
+    return known[node]
 
 def _describe(tail, out_size, size, residual):
     "What follows a classifier, in words."
@@ -657,7 +662,8 @@ def _tail_facts(model, names, spy, probe):
     if spy.channels_last: channels,classes_first = spy.features.shape[-1],at_logits.transpose(1, -1)
     closed = has_kernel(spy.classifier) and not residual and not learns and _is_uniform(classes_first, weights)
     size = spy.logits.shape[1:-1] if spy.channels_last else spy.logits.shape[2:]
-    signed = spy.lowest<0 or not _never_negative(spy.features.grad_fn)
+    random = any(isinstance(m, (nn.AlphaDropout,nn.FeatureAlphaDropout)) for m in model.modules()) # In training these put negative values in
+    signed = random or spy.lowest<0 or not _never_negative(spy.features.grad_fn)
     return dict(channels=channels, num_classes=out.shape[1], signed=signed, form='closed form' if closed else 'autograd',
                 follows=_describe(tail, tuple(out.shape[2:]), tuple(size), residual), tail=tail)
 

@@ -8,7 +8,7 @@ from fastai.vision.core import PILMask
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import weight_norm
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from dropclass.analysis_context import colocation, inpaint, robustness_table
 from dropclass.analysis_entanglement import classifier_weight, entanglement
@@ -66,7 +66,11 @@ def test_a_stream_is_audited_without_a_bar(batch):
 
 def test_images_that_are_shuffled_have_no_numbers(batch):
     with pytest.raises(ValueError, match='does not shuffle'): take_images(DataLoader(TensorDataset(*batch), batch_size=2, shuffle=True), [0])
+    with pytest.raises(ValueError, match='does not shuffle'): take_images(DataLoader(TensorDataset(*batch), batch_size=2, sampler=SubsetRandomSampler(range(4))), [0])
     assert torch.equal(take_images(DataLoader(TensorDataset(*batch), batch_size=2), [3])[3][0], batch[0][3])
+    class Shuffles(list):
+        def shuffle(self, seed): return self
+    assert torch.equal(take_images(Shuffles([batch]), [3])[3][0], batch[0][3])
 
 
 def test_the_explorer_says_which_path_it_shows(batch):

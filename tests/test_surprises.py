@@ -281,7 +281,11 @@ class Drops(ToyNet):
     def forward(self, x): return F.interpolate(self.drop(self.classifier(self.backbone(x))), size=x.shape[-2:], mode='bilinear')
 
 
-@pytest.mark.parametrize('make', [Overwrites, Drops])
+class DropsInAFunction(ToyNet):
+    def forward(self, x): return F.interpolate(F.dropout2d(self.classifier(self.backbone(x)), .5, self.training), size=x.shape[-2:], mode='bilinear')
+
+
+@pytest.mark.parametrize('make', [Overwrites, Drops, DropsInAFunction])
 def test_a_tail_that_overwrites_or_is_random_is_not_left_out(make):
     learn,cb = toy_learner(model=make()),DropClassCallback()
     learn.fit(1, cbs=cb)
@@ -328,7 +332,26 @@ class Gated(ToyNet):
         return F.interpolate(self.classifier(features+self.gate*self.more(features)), size=x.shape[-2:], mode='bilinear')
 
 
-@pytest.mark.parametrize('make,signed', [(ToyNet, False), (Gated, True)])
+class Bicubic(ToyNet):
+    "Overshoots below zero."
+    def forward(self, x): return self.classifier(F.interpolate(self.backbone(x).sigmoid(), scale_factor=2, mode='bicubic'))
+
+
+class Doubled(ToyNet):
+    "A value that is used again and again."
+    def forward(self, x):
+        features = self.backbone(x)
+        for _ in range(30): features = features+features*features.sigmoid()/64
+        return self.classifier(features)
+
+
+class Alpha(ToyNet):
+    def __init__(self):
+        super().__init__()
+        self.backbone.append(nn.AlphaDropout(.2))
+
+
+@pytest.mark.parametrize('make,signed', [(ToyNet, False), (Gated, True), (Bicubic, True), (Doubled, True), (Alpha, True)])
 def test_features_are_unsigned_only_where_they_stay_so(make, signed):
     assert inspect_classifier(make(), num_classes=4).signed==signed
 
@@ -360,6 +383,28 @@ def test_an_averaged_network_is_exported_as_it_answers():
     average.eval()
     exported = torch.export.export(average.module, (x,)).module()
     assert torch.allclose(exported(x), average(x), atol=1e-5) and torch.allclose(average(x), model.eval()(x), atol=1e-5)
+
+
+def test_a_teacher_that_is_copied_by_data():
+    "Such a copy leaves no trace but the values; the mode is set before it is asked."
+    student = ToyNet()
+    head,teacher = add_dropclass(student),copy.deepcopy(student).eval()
+    assert get_head(teacher).predicts=='plain'
+    head.mark_trained()
+    for a,b in zip(teacher.buffers(), student.buffers()): a.data.copy_(b.data)
+    assert get_head(teacher.eval()).predicts=='drop'
+
+
+def test_a_compiled_step_may_switch_the_mode():
+    model,(x, _) = ToyNet(),toy_batch()
+    add_dropclass(model)
+    def step(x):
+        model.eval()
+        out = model(x)
+        model.train()
+        return out
+    torch._dynamo.reset()
+    assert torch.compile(step, backend='eager', fullgraph=True)(x).shape==(4, 4, 16, 16)
 
 
 def test_networks_without_values():

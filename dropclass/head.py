@@ -399,7 +399,7 @@ def _run(model, probe):
     try:
         with uncompiled(), warnings.catch_warnings():
             warnings.filterwarnings('ignore', 'Using `torch.compile') # About this very hook
-            return model(*probe) if isinstance(probe, (tuple,list)) else model(probe)
+            return model(*(o.as_subclass(Tensor) if isinstance(o, Tensor) else o for o in (probe if isinstance(probe, (tuple,list)) else (probe,)))) # Not as fastai's types
     finally: handle.remove()
 
 def uncompiled(): # A context
@@ -590,7 +590,7 @@ def _parameters_behind(score, logits):
 
 _POSITIVE = ('Relu','Sigmoid','Softmax','Softplus','Hardsigmoid','Exp','Abs')
 _KEEPS_SIGN = ('Upsample','AvgPool','AdaptiveAvgPool','MaxPool','Max','Cat','Stack','View','UnsafeView','Reshape','ReshapeAlias','Permute','Transpose','T','Slice','Split','SplitWithSizes','Select',
-    'Index','Expand','Clone','ToCopy','Unsqueeze','Squeeze','PixelShuffle','PixelUnshuffle','ReflectionPad','ReplicationPad','NativeDropout','Mul','Add','Mean','Sum','Unbind','Contiguous')
+    'Index','Expand','Alias','Clone','ToCopy','Unsqueeze','Squeeze','PixelShuffle','PixelUnshuffle','ReflectionPad','ReplicationPad','NativeDropout','Mul','Add','Mean','Sum','Unbind','Contiguous')
 
 def _never_negative(node, known=None):
     "Is a value not negative whatever the weights are? Follows autograd's graph to where a ReLU made it so."

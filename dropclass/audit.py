@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'build_network', 'fit_names', 'load_network', 'open_images', 'NetworkAudit', 'describe_network',
            'measure_network', 'Example', 'weak_examples', 'erased_example', 'class_advice', 'pair_advice', 'Audit',
            'count_images', 'audit', 'open_networks', 'audit_summary', 'audit_limits', 'fill_text', 'audit_advice',
-           'encode_picture', 'picture_files', 'shade', 'matrix_view', 'render']
+           'encode_picture', 'picture_files', 'shade', 'matrix_view', 'render', 'audit_files']
 
 # %% ../nbs/65_audit.ipynb #ffa57c9e
 import base64
@@ -679,7 +679,6 @@ def _by_path(net, path):
     if path is not None and check_choice(path, ['plain','drop','mean'] if head else ['plain'], 'path') and head: head.predict = path
     return net
 
-#| export
 def audit_files(
     runs=(), # Run folders
     weights=(), # Weights files of other networks; at most two networks in all

@@ -476,8 +476,8 @@ def predict_mask(
     from torch.nn import functional as F
     from fastai.vision.core import imagenet_stats
     from dropclass.models import pick_logits, resize_logits
-    parameter = next(model.parameters())
     from dropclass.data_core import CANVAS, fitted_size, place
+    parameter = next(model.parameters())
     mean,std = (torch.tensor(o).view(3,1,1) for o in (stats or imagenet_stats))
     full = tuple(image.shape[1:])
     inner = full if size is None else fitted_size(full, size) if fit else tuple(size)

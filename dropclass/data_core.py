@@ -211,7 +211,6 @@ def listed_images(
     if many: raise ValueError(f"{file} names {many!r}, and {len(found[many])} images are called so, {' and '.join(str(images[i]) for i in sorted(found[many])[:2])}: write their folder before it")
     return set().union(*found.values())
 
-#| export
 def split_pairs(
     pairs:list, # Pairs (image path, mask path)
     valid:float|str|Path=.2, # Share of the images that validate, or a text file that names them, with or without the ending

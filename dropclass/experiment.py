@@ -305,7 +305,6 @@ def check_counts(
         "If they are 0 and 255, 255 being a class, rename it by the data options label_map={255: 1} and ignore_index=254")
     if missing: warnings.warn(f"No training pixel is labelled {', '.join(missing[:8])}{' ...' if len(missing)>8 else ''}: if it should be there, check the masks, `label_map` and the order of the names")
 
-#| export
 def make_learner(
     config:Config, # The run
     path:str|Path='.', # Where fastai keeps files, should any callback write some

@@ -301,7 +301,7 @@ def check_counts(
 ):
     "Refuse training masks with a single class in them, and warn of classes that never occur."
     missing = [name for name,n in zip(spec.names, counts.tolist()) if not n]
-    if len(missing)>=len(spec)-1: raise ValueError(f"The training masks hold {'one class' if len(missing)<len(spec) else 'no class'} of {len(spec)}, all else is void ({spec.ignore_index}): check the labels. "
+    if len(missing)>=max(len(spec)-1, 1): raise ValueError(f"The training masks hold {'one class' if len(missing)<len(spec) else 'no class'} of {len(spec)}, all else is void ({spec.ignore_index}): check the labels. "
         "If they are 0 and 255, 255 being a class, rename it by the data options label_map={255: 1} and ignore_index=254")
     if missing: warnings.warn(f"No training pixel is labelled {', '.join(missing[:8])}{' ...' if len(missing)>8 else ''}: if it should be there, check the masks, `label_map` and the order of the names")
 

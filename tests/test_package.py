@@ -125,6 +125,13 @@ def test_commands_exist(settings):
 
 # ---- what is generated is what its source says
 
+def test_one_directive_exports_a_cell():
+    "nbdev heeds the first of two, and what the second was meant for is missing from `__all__`."
+    for nb in notebooks:
+        for cell in json.loads(nb.read_text(encoding='utf-8'))['cells']:
+            if cell['cell_type']=='code': assert sum(o.startswith('#| export') for o in cell['source'])<2, f"{nb.name}: {cell['id']}"
+
+
 def test_modules_are_what_the_notebooks_say(copy):
     "Exporting into a copy without modules gives every file of dropclass/, and no other: no hand edit, no forgotten export, no orphan."
     for old in (copy/'dropclass').glob('*.py'):

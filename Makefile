@@ -27,7 +27,7 @@ $(STAMP): settings.ini setup.py pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(STAMP) ## train plain and DropClass on generated street scenes and compare them (ARGS="--help")
+demo: $(STAMP) ## train plain, with DropClass and with class weights that fade, on generated street scenes, and compare (ARGS="--help")
 	$(BIN)/dropclass-demo $(ARGS)
 
 test: $(STAMP) ## run every notebook, then pytest; no network, a few minutes

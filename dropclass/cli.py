@@ -321,13 +321,14 @@ def demo_configs(
     n_train:int, # Training scenes
     n_test:int, # Scenes in each of the two test sets
     size:tuple, # Height and width in pixels
-    seed:int, # Seed of both runs
+    seed:int, # Seed of all runs
     alpha:float=1., # Weight of DropClass's suppression
 ) -> dict: # Fields of `Config` by method
-    "Describe the two runs of the demo."
+    "Describe the three runs of the demo."
     shared = dict(data='scenes', arch='small', epochs=epochs, bs=min(8, n_train), size=size, seed=seed, threads=1, optimizer='adamw', lr=3e-3,
                   data_options=dict(n_train=n_train, n_valid=n_test, scale=(.75, 1.5)))
-    return {'plain':{**shared, 'method':'plain'}, 'dropclass':{**shared, 'method':'dropclass', 'dropclass':dict(both_paths=False, alpha=alpha)}}
+    return {'plain':{**shared, 'method':'plain'}, 'dropclass':{**shared, 'method':'dropclass', 'dropclass':dict(both_paths=False, alpha=alpha)},
+            'fade_weights':{**shared, 'method':'fade_weights', 'weights':'median'}}
 
 # %% ../nbs/72_cli.ipynb #e698bc75
 def _demo_worker():
@@ -398,18 +399,22 @@ def _log_end(out):
 
 # %% ../nbs/72_cli.ipynb #659bcdba
 def demo_verdict(
-    biased, # `comparison` of plain and DropClass in the biased world
+    biased, # `comparison` of plain, dropclass and fade_weights in the biased world
     unbiased, # The same in the unbiased world
 ) -> str: # A few sentences
     "Say what the demo shows."
-    inside,outside,rare = biased.difference['mIoU'],unbiased.difference['mIoU'],unbiased.difference['rare mIoU']
-    if min(outside, rare)>=.5: text = f"DropClass won where it should: out of context it has {outside:+.1f} points of mIoU and {rare:+.1f} on the rare classes."
-    elif max(outside, rare)<=-.5: text = f"DropClass lost here: out of context it has {outside:+.1f} points of mIoU and {rare:+.1f} on the rare classes."
-    else: text = f"There is no clear winner out of context: {outside:+.1f} points of mIoU for DropClass, {rare:+.1f} on the rare classes."
-    if inside>=.5: text += f" In the world it was trained in it is ahead too, by {inside:.1f} points."
-    elif inside<=-.5: text += f" In the world it was trained in it is behind by {-inside:.1f} points."
+    points = lambda df, arm: df[f'difference {arm}'][['mIoU','rare mIoU']].round(1)+0. # No minus zero
+    (outside,rare),inside = points(unbiased, 'dropclass'),points(biased, 'dropclass')['mIoU']
+    found = f"{outside:+.1f} points of mIoU and {rare:+.1f} on the rare classes"
+    if min(outside, rare)>=.5: text = f"DropClass won where it should: out of context it has {found}."
+    elif max(outside, rare)<=-.5: text = f"DropClass lost here: out of context it has {found}."
+    else: text = f"DropClass shows no clear gain or loss out of context: {found}."
+    if inside>=.5: text += f" In the world it was trained in it is ahead, by {inside:.1f} points."
+    elif inside<=-.5: text += f" In the world it was trained in it is behind, by {-inside:.1f} points."
     else: text += " In the world it was trained in the two are level."
-    return text+" This is one seed; another (--seed 1) moves such figures by a point or so."
+    worlds = zip(('in their own world','out of context'), (points(o, 'fade_weights') for o in (biased, unbiased)))
+    return (text+" Class weights that fade, without any drop: "+"; ".join(f"{world} {a:+.1f} points of mIoU and {b:+.1f} on the rare classes" for world,(a,b) in worlds)+
+            ". This is one seed; another (--seed 1) moves such figures by a point or so.")
 
 # %% ../nbs/72_cli.ipynb #f749fa2f
 @call_parse
@@ -418,17 +423,17 @@ def demo(
     n_train:int=120, # Training scenes
     n_test:int=200, # Scenes in each of the two test sets
     size:str='64x96', # Height x width in pixels
-    seed:int=0, # Seed of both runs
+    seed:int=0, # Seed of all runs
     alpha:float=1., # Weight of DropClass's suppression; the paper's 10 needs far longer training on scenes this small
     out:Path=None, # Folder of the demo (runs/demo-...); finished runs in it are not trained again
     debug:bool=False, # Show the traceback of an error
 ):
-    "Train plain and DropClass on generated street scenes, side by side, and compare them."
+    "Train plain, with DropClass and with class weights that fade, on generated street scenes, side by side, and compare them."
     with one_line_errors(debug, lambda: "Finished epochs are kept; the same command goes on from there."):
         if epochs<1: raise ValueError(f"`--epochs` must be 1 or more, got {epochs}")
         out = Path(out or f'runs/demo-n{n_train}-e{epochs}-{size}-a{alpha:g}-s{seed}')
         configs = demo_configs(epochs, n_train, n_test, read_size(size), seed, alpha)
-        print(f"Plain and DropClass, {n_train} biased street scenes of {size} pixels, {epochs} epochs each, side by side; into {out}\n"
+        print(f"Plain, DropClass, and plain with class weights that fade: {n_train} biased street scenes of {size} pixels, {epochs} epochs each, side by side; into {out}\n"
               f"The regime: few images and long training, where plain networks overfit to the usual context; suppression weight alpha {alpha:g}.\n", flush=True)
         outs = train_side_by_side(configs, out, write=lambda o: print(o, flush=True))
         return _show_demo(list(outs.values()), out)
@@ -444,7 +449,7 @@ def _show_demo(runs, out):
     print("\n== The paths of the DropClass run (mIoU, rare mIoU) ==\n")
     run = read_run(runs[1])
     for path in run.metrics['tests']['valid']:
-        cells = [comparison(runs[1], test, path).iloc[-2:,-1] for test in tables]
+        cells = [comparison(run, test, path).iloc[-2:,-1] for test in tables]
         print(f"{path:<6} biased {cells[0].iloc[0]:.1f}, {cells[0].iloc[1]:.1f}   unbiased {cells[1].iloc[0]:.1f}, {cells[1].iloc[1]:.1f}{'   (predicts)' if path==run.metrics['predicts'] else ''}")
-    print(f"\n{demo_verdict(tables['valid'], tables['unbiased'])}\n\nPictures: {out/'biased.png'}, {out/'unbiased.png'}; images and predictions: {runs[0]/'examples.png'}, {runs[1]/'examples.png'}", flush=True)
+    print(f"\n{demo_verdict(tables['valid'], tables['unbiased'])}\n\nPictures: {out/'biased.png'}, {out/'unbiased.png'}; images and predictions: {', '.join(str(o/'examples.png') for o in runs)}", flush=True)
     return tables

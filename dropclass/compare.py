@@ -154,10 +154,11 @@ def _class_rows(metrics):
 
 # %% ../nbs/71_compare.ipynb #6eade392
 def describe_comparison(
-    df:pd.DataFrame, # What `comparison` gave for two runs
+    df:pd.DataFrame, # What `comparison` gave for two or more runs
+    second:str|None=None, # Label of the run that is compared to the first; None is the second one
 ) -> str: # A few sentences
     "Say in words what a comparison of two runs shows."
-    first,second = df.attrs['labels'][:2]
+    first,second = df.attrs['labels'][0],second or df.attrs['labels'][1]
     mean,rare = df['difference' if 'difference' in df else f'difference {second}'][['mIoU','rare mIoU']]
     step = (df[second]-df[first])[:-2].dropna()
     up,down = step[step>=.05],step[step<=-.05]
@@ -183,9 +184,13 @@ def format_comparison(
     lines += [f"  {l:<{wide}}  {f} ({p} path)" for l,f,p in zip(labels, attrs['folders'], attrs['paths'])]
     columns = ['pixels %',*labels]+['diff','diff %']*(len(labels)-1)
     widths = [max(8, len(o)+2) for o in columns]
+    n,several = 1+len(labels),labels[1:] if len(labels)>2 else []
+    if several: widths[n::2] = [max(8, len(o)+2-8) for o in several] # The name of a run stands over its two differences
     first = max(len(o) for o in df.index)+2
     rule = '-'*(first+sum(widths))
-    lines += ['', f"{'class':<{first}}"+''.join(f'{o:>{w}}' for o,w in zip(columns, widths)), rule]
+    lines.append('')
+    if several: lines.append(' '*(first+sum(widths[:n]))+''.join(f'{o:>{w+8}}' for o,w in zip(several, widths[n::2])))
+    lines += [f"{'class':<{first}}"+''.join(f'{o:>{w}}' for o,w in zip(columns, widths)), rule]
     styles = ['.2f']+['.1f']*len(labels)+['+.1f']*(2*len(labels)-2)
     for name,row in df.iterrows():
         if name=='mIoU': lines.append(rule)
@@ -210,7 +215,7 @@ def show_comparison(
         return df
     df = comparison(runs, test, path)
     print(format_comparison(df))
-    if len(df.attrs['labels'])==2: print('\n'+describe_comparison(df))
+    for label in df.attrs['labels'][1:]: print('\n'+describe_comparison(df, label))
     return df
 
 # %% ../nbs/71_compare.ipynb #d5a89e30
@@ -251,7 +256,7 @@ def _difference_bars(ax, differences, df):
         values = differences[column].fillna(0)
         ax.barh(at, values, .56/n, color=[GAIN if v>0 else LOSS for v in values])
         for y,v in zip(at, differences[column]):
-            if v==v: ax.annotate(f'{v:+.1f}', (v, y), (3 if v>=0 else -3,0), textcoords='offset points', va='center', ha='left' if v>=0 else 'right', fontsize=6.5, color='#444')
+            if v==v: ax.annotate(_signed(v), (v, y), (3 if v>=0 else -3,0), textcoords='offset points', va='center', ha='left' if v>=0 else 'right', fontsize=6.5, color='#444')
     reach = max(1., 1.45*float(differences.abs().max(axis=None)))
     ax.axvline(0, color='#444', lw=.8)
     ax.set(xlim=(-reach, reach))

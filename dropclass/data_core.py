@@ -7,7 +7,7 @@ __all__ = ['ROTATION', 'MASK_MODES', 'CACHE_LIMIT', 'CANVAS', 'write_toy_folder'
            'read_mask', 'labels_from_colors', 'pair_files', 'read_lines', 'listed_images', 'split_pairs',
            'SegmentationItems', 'fitted_size', 'place', 'FittedItems', 'workers_for', 'find_root', 'ClassStats',
            'class_stats', 'class_counts', 'presence_counts', 'median_frequency_weights', 'crop_coords', 'crop_images',
-           'crop_masks', 'BatchTransform', 'SegmentationDataset', 'PrepareItem', 'ClassColors', 'make_dls']
+           'crop_masks', 'BatchTransform', 'LazyItems', 'SegmentationDataset', 'PrepareItem', 'ClassColors', 'make_dls']
 
 # %% ../nbs/40_data_core.ipynb #41a5da2b
 import random
@@ -493,6 +493,22 @@ class BatchTransform(RandTransform):
     def encodes(self, y:TensorMask):
         return TensorMask(crop_masks(y.as_subclass(Tensor), self.rows, self.cols, self.ignore_index))
 
+# %% ../nbs/40_data_core.ipynb #4a5c011f
+class LazyItems:
+    "The pairs of a data set, read when they are asked for; `iloc` takes several at once, as in a data frame."
+    def __init__(self,
+        source, # A sequence of pairs
+    ): self.source = source
+    @property
+    def iloc(self): return self # What fastai's `Interpretation` indexes. Without an `__iter__` here, it does not read everything first
+    def __len__(self): return len(self.source)
+    def __getitem__(self,
+        i, # One index, or a list or tensor of them
+    ): # A pair, or a list of pairs
+        i = i.tolist() if isinstance(i, Tensor) else i
+        return [self.source[o] for o in i] if isinstance(i, (list,tuple)) else self.source[i]
+    def __repr__(self): return f"{len(self)} pairs, read when they are asked for"
+
 # %% ../nbs/40_data_core.ipynb #43b60eba
 class SegmentationDataset(GetAttr):
     "Pairs (image bytes, labels) with what fastai asks of a data set."
@@ -506,6 +522,8 @@ class SegmentationDataset(GetAttr):
     def vocab(self): return list(self.spec.names)
     @property
     def c(self): return len(self.spec)
+    @property
+    def items(self): return LazyItems(self.source)
     @property
     def loss_func(self): return CrossEntropyLossFlat(axis=1, ignore_index=self.spec.ignore_index)
     def new_empty(self): return type(self)([], self.spec, self.split_idx)

@@ -19,6 +19,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
+from fastai.torch_core import default_device
 from .core import VOID, ClassSpec, check_choice, eval_mode, step_generator
 from .head import get_head
 from .losses import get_ignore_index
@@ -97,13 +98,16 @@ class Subject(NamedTuple):
 def _learner_spec(learn):
     "Read the classes of a Learner."
     if isinstance(getattr(learn.dls, 'spec', None), ClassSpec): return learn.dls.spec
-    from dropclass.callback import class_names, get_c
-    void = get_ignore_index(learn.loss_func)
-    return as_spec(class_names(learn.dls, get_c(learn.dls)), VOID if void is None else void)
+    from dropclass.callback import _num_classes, class_names
+    void,C = get_ignore_index(learn.loss_func),_num_classes(learn.dls)
+    if C is None: raise ValueError("The DataLoaders do not say what their classes are: pass the class names, or their number (`class_names` of `audit`, `spec` elsewhere)")
+    names = class_names(learn.dls, C)
+    if void is not None and 0<=void<C: raise ValueError(f"The loss ignores label {void}, which is the class {names[void]} of the DataLoaders: pass the class names (`class_names` of `audit`, `spec` elsewhere) to count it as a class")
+    return as_spec(names, VOID if void is None else void)
 
-def _run_model(run, path):
+def _run_model(run, path, device):
     "Load the network of a run, and choose the path that predicts."
-    model = run.load_model()
+    model = run.load_model().to(default_device() if device is None else device)
     head = get_head(model)
     if path is not None:
         check_choice(path, ['plain','drop','mean'] if head else ['plain'], 'path')
@@ -115,13 +119,14 @@ def open_model(
     spec=None, # Classes: `ClassSpec`, names or number; a Learner and a run know theirs
     path:str|None=None, # Of a run with two paths: 'plain', 'drop' or 'mean'; None is the one that predicts
     label:str|None=None, # Name in tables; None is the run's folder, 'learner' or 'network'
+    device=None, # Where the network of a run goes; None is fastai's default, a GPU where there is one
 ) -> Subject: # Network, classes, name and source
     "Find network and classes."
     if isinstance(model, Subject): return model._replace(label=label or model.label)
     if isinstance(model, (str,Path)):
         from dropclass.experiment import load_run
         model = load_run(model)
-    if hasattr(model, 'load_model'): return Subject(_run_model(model, path), model.spec, label or model.folder.name, model)
+    if hasattr(model, 'load_model'): return Subject(_run_model(model, path, device), model.spec, label or model.folder.name, model)
     if path is not None: raise ValueError(f"`path={path!r}` chooses a path of a run folder: set `get_head(model).predict` for any other network")
     if hasattr(model, 'dls') and hasattr(model, 'model'):
         return Subject(model.model, _learner_spec(model) if spec is None else as_spec(spec), label or 'learner', model)

@@ -155,7 +155,7 @@ def plot(self:DropEffect,
     ax.set_xlim(-3, 103)
     ax.set_xlabel('recall, percent', fontsize=8)
     ax.set_title(self.label, fontsize=9)
-    ax.legend(fontsize=7, loc='lower left')
+    ax.legend(fontsize=7, frameon=False, ncols=2, loc='upper center', bbox_to_anchor=(.5, -.15-.35/len(df)**.5))
     return ax
 
 # %% ../nbs/67_analysis_drop.ipynb #7a1c0e52

@@ -24,6 +24,7 @@ def classifier_weight(
     model:nn.Module|Tensor, # The network, or the weights of its classifier: (C,K), or with kernel axes behind
     classifier:str|None=None, # Name of the classifier; None finds it
     num_classes:int|None=None, # Number of classes, C; None reads it off the network's output
+    probe:Tensor|None=None, # Two images to look for the classifier with, where the network takes one size only; None makes some up
 ) -> Tensor: # One vector per class (C,K), detached
     "Read the weight vectors of the classes."
     if isinstance(model, Tensor):
@@ -31,7 +32,7 @@ def classifier_weight(
         return (model if model.ndim==2 else conv_importance(model)).detach()
     head = get_head(model)
     if head: return torch.cat([_layer_weight(o) for o in (*(o.conv for o in head.beside), head.classifier)], 1)
-    names = find_classifier(model, num_classes) if classifier is None else classifier
+    names = find_classifier(model, num_classes, probe) if classifier is None else classifier
     return torch.cat([_layer_weight(model.get_submodule(o)) for o in ([names] if isinstance(names, str) else names)], 1)
 
 def _layer_weight(layer):
@@ -86,14 +87,15 @@ def entanglement(
     pixel_counts=None, # Pixels of each class in the training set (C,); None asks the Learner or run
     classifier:str|None=None, # Name of the classifier; None finds it
     label:str|None=None, # Name in tables; None is the run's folder, 'learner' or 'network'
+    probe:Tensor|None=None, # Two images to look for the classifier with, where the network takes one size only; None makes some up
 ) -> Entanglement: # The weight vectors, with tables and pictures
     "Compare the classes by the weights of the classifier."
     if isinstance(model, (Tensor,nn.Module)):
-        weight = classifier_weight(model, classifier, None if spec is None else len(as_spec(spec)))
+        weight = classifier_weight(model, classifier, None if spec is None else len(as_spec(spec)), probe)
         subject = Subject(None, as_spec(len(weight) if spec is None else spec), label or 'network', None)
     else:
         subject = open_model(model, spec, label=label)
-        weight = classifier_weight(subject.model, classifier, len(subject.spec))
+        weight = classifier_weight(subject.model, classifier, len(subject.spec), probe)
     C = len(subject.spec)
     counts = _pixel_counts(subject.source, C) if pixel_counts is None else torch.as_tensor(pixel_counts)
     if not C==len(weight)==(C if counts is None else len(counts)):

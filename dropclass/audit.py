@@ -22,6 +22,7 @@ from urllib.parse import quote
 import torch
 from torch import nn, Tensor
 from fastcore.basics import patch
+from fastai.torch_core import default_device
 from safetensors import safe_open
 from .analysis_bias import look_alikes, worst_confusions
 from .analysis_context import (Colocation, Subject, as_spec, colocation, erase, image_stats, iter_batches, make_fill, open_data, open_model,
@@ -168,9 +169,18 @@ def measure_network(
 ) -> NetworkAudit: # The measurements
     "Measure erased context, and entanglement where there is a linear classifier."
     context,reason = colocation(subject, data, **kwargs),''
-    try: entangled = entanglement(subject, pixel_counts=pixel_counts, classifier=classifier)
-    except (ValueError, AttributeError, NotImplementedError) as e: entangled,reason = None,str(e)
-    return NetworkAudit(subject.label, describe_network(subject), context, entangled, reason)
+    entangled = None
+    for probe in (None, _two_images(subject.model, data)): # A made-up image is small; networks of one size need real ones
+        try:
+            entangled = entanglement(subject, pixel_counts=pixel_counts, classifier=classifier, probe=probe)
+            break
+        except (ValueError, AttributeError, NotImplementedError) as e: reason = reason or str(e)
+    return NetworkAudit(subject.label, describe_network(subject), context, entangled, '' if entangled else reason)
+
+def _two_images(model, data):
+    "The first image and the last of the first batch."
+    x = next(iter(iter_batches(data)))[0]
+    return x[[0,-1]].to(next(model.parameters()).device)
 
 # %% ../nbs/65_audit.ipynb #0f01ed56
 @dataclass
@@ -220,7 +230,7 @@ def erased_example(
     spec,fall = subject.spec,100*context.fall()
     if not (fall.nan_to_num(nan=-1.)>=least).any(): return None
     gone,y_class = divmod(int(fall.nan_to_num(nan=-200.).argmax()), len(spec))
-    stats = image_stats(data, max_images=max_images) if fill in ('mean','noise') else None
+    stats = image_stats(data, max_images=max_images) if isinstance(fill, str) and fill in ('mean','noise') else None
     paint,best,n = make_fill(fill, stats, seed),None,0
     for x,y in iter_batches(data, max_images=max_images):
         for i in range(len(x)):
@@ -354,9 +364,10 @@ def audit(
     labels:tuple|None=None, # Names of the networks in the report
     seed:int=0, # Seed of the noise
     progress=True, # Show a bar? Or a function that wraps the batches
+    device=None, # Where the network of a run goes; None is fastai's default, a GPU where there is one
 ) -> Audit: # Measurements; `.report(path)` writes them
     "Measure what a trained network leans on, mixes up and misses."
-    subjects = open_networks(model, other, class_names, path, labels)
+    subjects = open_networks(model, other, class_names, path, labels, device)
     data = open_data(subjects[0], data, test)
     if iter(data) is data: raise ValueError("These images can be walked through only once, and an audit walks several times: pass a list or a DataLoader")
     spec,sizes = subjects[0].spec,_Sizes(data)
@@ -379,14 +390,15 @@ def open_networks(
     class_names=None, # Class names, a `ClassSpec`, or their number
     path:str|None=None, # Path of runs that have two
     labels:tuple|None=None, # Names in the report
+    device=None, # Where the networks of runs go; None is fastai's default
 ) -> list: # One or two `Subject`s with the same classes and different names
     "Open the networks of an audit."
     is_run = lambda o: isinstance(o, (str,Path)) or hasattr(o, 'load_model')
     has_two = lambda o: path if is_run(o) or not (is_run(model) or is_run(other)) else None # Without any run, `open_model` says that there is no path to choose
-    subjects = [open_model(model, class_names, has_two(model))]
+    subjects = [open_model(model, class_names, has_two(model), device=device)]
     if other is not None:
         own = class_names if class_names is not None or not isinstance(other, nn.Module) else subjects[0].spec
-        subjects.append(open_model(other, own, has_two(other)))
+        subjects.append(open_model(other, own, has_two(other), device=device))
         a,b = (o.spec.names for o in subjects)
         if a!=b: raise ValueError(f"The two networks have different classes ({', '.join(a[:3])} ... and {', '.join(b[:3])} ...): audit networks for one data set side by side")
         if subjects[0].label==subjects[1].label: labels = labels or ('base','other')
@@ -687,6 +699,7 @@ def audit_files(
     names=None, # Class names or a file with one a line; None is `classes.txt` of the folder
     size:tuple|None=None, # Height and width to bring the folder's images to; None is the data set's own
     path:str|None=None, # Path of networks that have two: 'plain', 'drop' or 'mean'
+    device=None, # Where the networks go; None is fastai's default, a GPU where there is one
     **kwargs, # Options of `audit`
 ) -> Audit: # The measurements
     "Audit runs and weights files."
@@ -695,10 +708,11 @@ def audit_files(
     if data is None and not runs: raise ValueError("Weights alone have no images: give a folder of labelled images (`--data`)")
     if data is None and (size or names): raise ValueError("`size` and class names are for the images of a folder (`--data`); a run brings its own")
     loader,spec,counts = (None,)*3 if data is None else open_images(data, size, names, test=kwargs.get('test', 'valid'))
-    subjects = [open_model(o, path=path) for o in runs]
+    device = default_device() if device is None else device
+    subjects = [open_model(o, path=path, device=device) for o in runs]
     for o in subjects:
         if spec and o.spec.names!=spec.names: raise ValueError(f"{o.label} was trained on the classes {', '.join(o.spec.names)}; {data} has {', '.join(spec.names)}: use images with the same classes, in the same order")
     spec = spec or subjects[0].spec
     archs = list(archs)*(len(weights) if len(archs)==1 else 1)
-    subjects += [Subject(_by_path(load_network(f, arch, len(spec)), path), spec, Path(f).stem, None) for f,arch in zip(weights, archs)]
+    subjects += [Subject(_by_path(load_network(f, arch, len(spec)).to(device), path), spec, Path(f).stem, None) for f,arch in zip(weights, archs)]
     return audit(subjects[0], loader, other=subjects[1] if len(subjects)==2 else None, pixel_counts=counts, **kwargs)

@@ -475,7 +475,7 @@ def predict_mask(
     size:tuple|None=None, # Height and width that the network is shown; None is the image's own
     stats:tuple|None=None, # Mean and standard deviation per channel, for images in 0..1; None is ImageNet's
     fit:bool=False, # Fit the image onto a canvas of `size`, as VOC's and ADE20K's are? False stretches it to `size`
-): # Labels (H,W), uint8, at the image's own size
+): # Labels (H,W), at the image's own size; uint8, or int32 above 256 classes
     "Label one image."
     import torch
     from torch.nn import functional as F
@@ -491,7 +491,7 @@ def predict_mask(
     x = ((shown/255-mean)/std)[None].to(parameter.device)
     with torch.no_grad(): logits = resize_logits(pick_logits(model(x))[0].float(), shown.shape[1:])
     logits = resize_logits(logits[..., :inner[0], :inner[1]], full)
-    return logits[0].argmax(0).to('cpu', torch.uint8)
+    return logits[0].argmax(0).to('cpu', torch.uint8 if logits.shape[1]<=256 else torch.int32)
 
 # %% ../nbs/71_compare.ipynb #c45c209c
 def _palette_image(mask, spec):
@@ -545,7 +545,7 @@ def _trained_size(config):
     from dropclass.experiment import data_function
     return config.size or config.data_options.get('size', inspect.signature(data_function(config.data)).parameters['size'].default)
 
-def _network(model, spec, size, path):
+def _network(model, spec, size, path, device=None):
     "The network in evaluation mode, its classes, and how it is shown images."
     from dropclass.core import check_choice
     from dropclass.head import get_head
@@ -553,8 +553,9 @@ def _network(model, spec, size, path):
     show = dict(size=size)
     if isinstance(model, (str,Path)): model = load_run(read_run(model).folder)
     if hasattr(model, 'load_model'):
-        run,model = model,model.load_model()
-        spec,show = spec or run.spec,dict(size=size or _trained_size(run.config), stats=run.config.data_options.get('stats'), fit=run.config.data in ON_CANVAS)
+        from fastai.torch_core import default_device
+        run,model = model,model.load_model().to(default_device() if device is None else device)
+        spec,show = spec or run.spec,dict(size=size or _trained_size(run.config), stats=run.config.data_options.get('stats'), fit=run.config.data in ON_CANVAS or run.config.data_options.get('fit', False))
     if spec is None: raise ValueError("`spec` is missing: give the `ClassSpec` of the network's classes")
     if len(spec)>255: raise ValueError(f"Masks are written with 8 bits, got {len(spec)} classes: use `predict_mask` and write them yourself")
     head = get_head(model)
@@ -573,13 +574,14 @@ def predict_images(
     alpha:float=.5, # Strength of the colours in the overlays, 0..1
     overwrite:bool=False, # May files in `out` be replaced?
     progress=iter, # Wraps the list of images; a progress bar, say
+    device=None, # Where the network of a run goes; None is fastai's default, a GPU where there is one
 ) -> list: # (mask file, overlay file) per image
     "Label images with a trained network, and write masks and overlays."
     from dropclass.core import check_unit
     from dropclass.data_core import read_image
     from dropclass.experiment import writing
     check_unit(alpha, 'alpha')
-    model,spec,show = _network(model, spec, size, path)
+    model,spec,show = _network(model, spec, size, path, device)
     plan = _plan_outputs(find_images(images), Path(out), overwrite)
     for file,*targets in progress(plan):
         image = read_image(file)

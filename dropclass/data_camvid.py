@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, untar_data
 from .core import VOID, ClassSpec, check_choice
-from .data_core import SegmentationItems, make_dls, pair_files, read_lines, split_pairs, write_toy_folder
+from .data_core import SegmentationItems, make_dls, pair_files, read_lines, split_pairs, workers_for, write_toy_folder
 
 # %% ../nbs/42_data_camvid.ipynb #96a1658d
 CAMVID_COLORS = dict(Animal=(64,128,64), Archway=(192,0,128), Bicyclist=(0,128,192), Bridge=(0,128,64), Building=(128,0,0), Car=(64,0,128),
@@ -108,11 +108,12 @@ def camvid_dls(
     tiny:bool=False, # Download the small sample instead of all images?
     valid:float=.2, # Share that validates where a fastai copy has no `valid.txt`
     cache:bool|None=None, # Keep decoded images in memory? None does so where they fit
-    **kwargs, # More for `make_dls`: crop, scale, num_workers ...
+    num_workers:int|None=None, # Processes that read images; None: 0 for images in memory, else one a core, at most 8
+    **kwargs, # More for `make_dls`: crop, scale, valid_bs ...
 ) -> DataLoaders: # With `vocab`, `c` and `spec`
     "Make DataLoaders from a CamVid copy."
     train,held_out = camvid_items(path, size, splits, tiny, valid, cache)
-    return make_dls(train, held_out, train.spec, bs=bs, **kwargs)
+    return make_dls(train, held_out, train.spec, bs=bs, num_workers=workers_for(train) if num_workers is None else num_workers, **kwargs)
 
 # %% ../nbs/42_data_camvid.ipynb #94512fca
 CAMVID_SEGNET_WEIGHTS = (.2595,.1826,4.5640,.1417,.9051,.3826,9.6446,1.8418,.6823,6.2478,7.3614) # As published with SegNet, in the order of `CAMVID_NAMES`

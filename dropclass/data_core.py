@@ -6,12 +6,14 @@
 __all__ = ['ROTATION', 'MASK_MODES', 'CACHE_LIMIT', 'CANVAS', 'write_toy_folder', 'open_image', 'read_image', 'map_labels',
            'read_mask', 'labels_from_colors', 'pair_files', 'read_lines', 'listed_images', 'split_pairs',
            'SegmentationItems', 'fitted_size', 'place', 'FittedItems', 'workers_for', 'find_root', 'ClassStats',
-           'class_stats', 'class_counts', 'presence_counts', 'median_frequency_weights', 'crop_coords', 'crop_images',
-           'crop_masks', 'BatchTransform', 'LazyItems', 'SegmentationDataset', 'PrepareItem', 'ClassColors', 'make_dls']
+           'class_stats', 'class_counts', 'presence_counts', 'check_counts', 'median_frequency_weights', 'crop_coords',
+           'crop_images', 'crop_masks', 'BatchTransform', 'LazyItems', 'SegmentationDataset', 'PrepareItem',
+           'ClassColors', 'make_dls']
 
 # %% ../nbs/40_data_core.ipynb #41a5da2b
 import random
 import re
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePath
@@ -266,11 +268,12 @@ class SegmentationItems:
         cache:bool|None=None, # Decode everything now and keep it? None does so up to `CACHE_LIMIT` bytes
     ):
         self.pairs,self.spec,self.label_map = [tuple(map(Path, o)) for o in pairs],spec,label_map
+        if size is not None and (not isinstance(size, (tuple,list)) or len(size)!=2): raise ValueError(f"`size` must be a height and a width, got {size!r}: (256,256), say")
         if not self.pairs: raise ValueError("There are no images: give at least one (image, mask) pair")
         sizes = self._map(lambda o: self._header(*o), self.pairs)
         other = next((i for i,o in enumerate(sizes) if o!=sizes[0]), None)
         if size is None and other is not None:
-            raise ValueError(f"{self.pairs[0][0]} is {sizes[0]} and {self.pairs[other][0]} is {sizes[other]} (height, width): give `size` to bring all to one")
+            raise ValueError(f"{self.pairs[0][0]} is {sizes[0]} and {self.pairs[other][0]} is {sizes[other]} (height, width): give `size` to bring all to one (a folder's images keep their proportions with `fit=True`)")
         self.size = tuple(sizes[0] if size is None else size)
         if cache is None: cache = len(self)*4*self.size[0]*self.size[1]<=CACHE_LIMIT
         self.cached = self._map(self._read, range(len(self))) if cache else None
@@ -397,6 +400,17 @@ def presence_counts(
 ) -> Tensor: # Images per class (C,), int64
     "Count the images that hold each class."
     return class_stats(ds, num_classes).images
+
+# %% ../nbs/40_data_core.ipynb #3a12ca63
+def check_counts(
+    counts, # Pixels of each class in the training set (C,)
+    spec:ClassSpec, # The classes
+):
+    "Refuse training masks with a single class in them, and warn of classes that never occur."
+    missing = [name for name,n in zip(spec.names, counts.tolist()) if not n]
+    if len(missing)>=max(len(spec)-1, 1): raise ValueError(f"The training masks hold {'one class' if len(missing)<len(spec) else 'no class'} of {len(spec)}, all else is void ({spec.ignore_index}): check the labels. "
+        "If they are 0 and 255, 255 being a class, rename it by the data options label_map={255: 1} and ignore_index=254")
+    if missing: warnings.warn(f"No training pixel is labelled {', '.join(missing[:8])}{' ...' if len(missing)>8 else ''}: if it should be there, check the masks, `label_map` and the order of the names")
 
 # %% ../nbs/40_data_core.ipynb #4809b62e
 def median_frequency_weights(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastai.data.core import DataLoaders
 from .core import VOID, ClassSpec
-from .data_core import SegmentationItems, make_dls, pair_files, read_lines, split_pairs
+from .data_core import FittedItems, SegmentationItems, check_counts, class_counts, make_dls, pair_files, read_lines, split_pairs, workers_for
 
 # %% ../nbs/43_data_folder.ipynb #247de579
 def folder_items(
@@ -26,11 +26,15 @@ def folder_items(
     label_map:dict|None=None, # File label -> class or void, for instance `{0: 255, 1: 0, 2: 1}`
     ignore_index:int=VOID, # The void label
     cache:bool|None=None, # Keep decoded images in memory? None does so where they fit
+    fit:bool=False, # Shrink images until they fit a canvas of `size`, for folders of many sizes? False stretches them to `size`
 ) -> tuple: # Training and validation `SegmentationItems`; both have the classes as `spec`
     "Read two folders as two sequences of (image, labels)."
     spec = ClassSpec(read_lines(names) if isinstance(names, (str,Path)) else names, colors, ignore_index)
     parts = split_pairs(pair_files(images, masks, image_name, mask_name), valid, seed)
-    return tuple(SegmentationItems(o, spec, size, label_map, cache) for o in parts)
+    if fit and size is None: raise ValueError("`fit=True` needs `size`, the height and width of the canvas that all images are put on")
+    train,held_out = ((FittedItems if fit else SegmentationItems)(o, spec, size, label_map, cache) for o in parts)
+    if train.cached: check_counts(class_counts(train), spec)
+    return train,held_out
 
 # %% ../nbs/43_data_folder.ipynb #79ed06dd
 def folder_dls(
@@ -47,8 +51,10 @@ def folder_dls(
     label_map:dict|None=None, # File label -> class or void
     ignore_index:int=VOID, # The void label
     cache:bool|None=None, # Keep decoded images in memory? None does so where they fit
-    **kwargs, # More for `make_dls`: crop, scale, num_workers ...
+    fit:bool=False, # Shrink images until they fit a canvas of `size`, for folders of many sizes? False stretches them to `size`
+    num_workers:int|None=None, # Processes that read images; None: 0 for images in memory, else one a core, at most 8
+    **kwargs, # More for `make_dls`: crop, scale, valid_bs ...
 ) -> DataLoaders: # With `vocab`, `c` and `spec`
     "Make DataLoaders from two folders."
-    train,held_out = folder_items(images, masks, names, size, valid, seed, image_name, mask_name, colors, label_map, ignore_index, cache)
-    return make_dls(train, held_out, train.spec, bs=bs, **kwargs)
+    train,held_out = folder_items(images, masks, names, size, valid, seed, image_name, mask_name, colors, label_map, ignore_index, cache, fit)
+    return make_dls(train, held_out, train.spec, bs=bs, num_workers=workers_for(train) if num_workers is None else num_workers, **kwargs)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['METHODS', 'DATA', 'ON_CANVAS', 'WEIGHTS', 'RECIPES', 'writing', 'write_json', 'check_config', 'Config', 'config_hash',
            'data_function', 'sampling_options', 'make_data', 'PixelLoss', 'make_weights', 'make_loss', 'make_opt_func',
-           'poly', 'lr_schedule', 'read_schedule', 'make_method', 'BFloat16', 'check_counts', 'make_learner',
-           'random_states', 'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'ValidEvery',
-           'EpochLines', 'check_unused', 'clear_unstarted', 'open_folder', 'read_config', 'summarize', 'evaluate_paths',
+           'poly', 'lr_schedule', 'read_schedule', 'make_method', 'BFloat16', 'make_learner', 'random_states',
+           'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'ValidEvery', 'EpochLines',
+           'check_unused', 'clear_unstarted', 'open_folder', 'read_config', 'summarize', 'evaluate_paths',
            'plot_examples', 'finish_run', 'train_run', 'Run', 'load_run', 'merge_settings', 'recipe', 'format_config']
 
 # %% ../nbs/70_experiment.ipynb #09dd1cbb
@@ -19,7 +19,6 @@ import math
 import os
 import random
 import time
-import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -44,7 +43,7 @@ from safetensors.torch import load_file, save
 from .baselines import LOSSES, FadeWeightsCallback, IgnoreLabelCallback, check_loss_fits, published_weights, region_loss
 from .callback import DropClassCallback
 from .core import ClassSpec, check_choice, check_unit, colorize
-from .data_core import class_counts, make_dls, median_frequency_weights
+from .data_core import check_counts, class_counts, make_dls, median_frequency_weights
 from .data_sampling import RareClassDL, ResampledDL
 from .head import HEAD_OPTIONS, add_dropclass, get_head
 from .metrics import class_iou, evaluate, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
@@ -129,7 +128,7 @@ class Config:
     channels_last:bool=True # Keep images and features with channels last in memory? A third faster on most machines
     pretrained:bool=False # Start from ImageNet weights?
     weights_file:str|None=None # Or from this file of encoder weights
-    num_workers:int=0 # Processes that load images; 0 is fastest for images kept in memory
+    num_workers:int=0 # Processes that load images; 0 leaves it to the data set: none for images kept in memory, else one a core, at most 8
     threads:int=0 # CPU threads; 0 leaves PyTorch's choice
     dropclass:dict=field(default_factory=dict) # Options of `DropClassCallback`
     data_options:dict=field(default_factory=dict) # Options of the data set's `*_dls` function
@@ -193,7 +192,8 @@ def make_data(
     build,sampling = data_function(config.data),sampling_options(config)
     known = [o for f in (build, make_dls, sampling.get('dl_type', TfmdDL).__init__, DataLoader.__init__) for o,p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD and o!='self']
     for o in config.data_options: check_choice(o, known, 'data option') # fastai's loaders take any name
-    options = dict(bs=config.bs, num_workers=config.num_workers, **config.data_options, **sampling)
+    options = dict(bs=config.bs, **config.data_options, **sampling)
+    if config.num_workers: options['num_workers'] = config.num_workers
     if config.size is not None: options['size'] = config.size
     if config.data=='scenes': return build(**{'seed':0, **options})
     if config.path is None and config.data!='camvid': raise ValueError(f"`data={config.data!r}` needs `path`, the folder that holds the data set")
@@ -295,16 +295,6 @@ class BFloat16(MixedPrecision):
         vars(getattr(self, 'network', self.model)).pop('forward', None)
 
 # %% ../nbs/70_experiment.ipynb #5eb5d233
-def check_counts(
-    counts, # Pixels of each class in the training set (C,)
-    spec:ClassSpec, # The classes
-):
-    "Refuse training masks with a single class in them, and warn of classes that never occur."
-    missing = [name for name,n in zip(spec.names, counts.tolist()) if not n]
-    if len(missing)>=max(len(spec)-1, 1): raise ValueError(f"The training masks hold {'one class' if len(missing)<len(spec) else 'no class'} of {len(spec)}, all else is void ({spec.ignore_index}): check the labels. "
-        "If they are 0 and 255, 255 being a class, rename it by the data options label_map={255: 1} and ignore_index=254")
-    if missing: warnings.warn(f"No training pixel is labelled {', '.join(missing[:8])}{' ...' if len(missing)>8 else ''}: if it should be there, check the masks, `label_map` and the order of the names")
-
 def make_learner(
     config:Config, # The run
     path:str|Path='.', # Where fastai keeps files, should any callback write some

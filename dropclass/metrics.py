@@ -13,6 +13,7 @@ import torch
 from torch import nn, Tensor
 from fastai.learner import Metric
 from .core import check_choice, check_num_classes, check_target, ClassSpec, eval_mode, VOID
+from .models import pick_logits
 from .ranks import sum_over_ranks
 
 # %% ../nbs/50_metrics.ipynb #b7f7012b
@@ -112,7 +113,7 @@ def own_rows(
 
 # %% ../nbs/50_metrics.ipynb #800d1ee5
 def evaluate(
-    model:nn.Module, # Network from images (N,3,H,W) to logits (N,C,H,W)
+    model:nn.Module, # Network from images (N,3,H,W) to logits (N,C,H,W), or to a dict or tuple with them
     dl, # Batches of (images, labels), or anything with images first and labels last; all processes together if it splits over them
     num_classes:int, # Number of classes, C
     ignore_index:int=VOID, # The void label
@@ -123,7 +124,7 @@ def evaluate(
     with torch.no_grad(), eval_mode(model):
         for batch in dl:
             rows = own_rows(dl, len(batch[0])) # Without the images that only fill up the last batch
-            if rows: total += confusion_matrix(model(batch[0][:rows].to(where)), batch[-1][:rows].to(where), num_classes, ignore_index)
+            if rows: total += confusion_matrix(pick_logits(model(batch[0][:rows].to(where)))[0], batch[-1][:rows].to(where), num_classes, ignore_index)
     return (sum_over_ranks(total) if hasattr(dl, 'world_size') else total).cpu()
 
 # %% ../nbs/50_metrics.ipynb #55287214

@@ -223,13 +223,15 @@ def plan_drops(
     drop_prob=None, # Schedule of the drop probability; None rises linearly from 0 to 1
     per_epoch:bool=False, # Hold the values during an epoch?
     seed:int=0, # The callback's seed
+    droppable:list|None=None, # Labels of the classes that may be dropped, where the callback has `never_drop`; None allows all
+    weights=None, # How often each class is drawn (C,), where the callback has a fixed `draw`; None draws all alike
 ) -> pd.DataFrame: # A row per step: `step`, `epoch`, `lam`, `drop_prob`, `dropped_class` (label, nan for none)
     "Write down what a fit with DropClass will do in every step."
     total,rows = epochs*steps_per_epoch,[]
     lam,drop_prob = (as_schedule(hold_ramp(until=1.) if o is None else o) for o in (lam, drop_prob))
     for step in range(total):
         values = [schedule_value(o, step/total, per_epoch, epochs) for o in (lam, drop_prob)]
-        keep_mask = sample_keep_mask(num_classes, values[1], step_generator(seed, step))
+        keep_mask = sample_keep_mask(num_classes, values[1], step_generator(seed, step), droppable, weights)
         rows.append((step, step//steps_per_epoch, *values, dropped_class(keep_mask)))
     return pd.DataFrame(rows, columns=['step','epoch','lam','drop_prob','dropped_class']).astype({'dropped_class':float})
 
@@ -265,10 +267,13 @@ def schedule_explorer(
     names=15, # Class names, or their number
     epochs:int=10, # Length of the fit at first
     steps_per_epoch:int=20, # Batches in an epoch at first
+    never_drop=(), # Classes that are never dropped, by name or label, as the callback's
 ): # Widget: seven controls, a picture, a sentence
     "Plan a fit: see the ramps and every drop before it runs."
     w = _ipywidgets()
     names = [f'class {i}' for i in range(names)] if isinstance(names, int) else list(names)
+    never = {class_index(ClassSpec(names), o) for o in ((never_drop,) if isinstance(never_drop, (str,int)) else never_drop)}
+    droppable = [c for c in range(len(names)) if c not in never]
     epoch,steps = w.IntSlider(epochs, 1, 100, description='epochs'),w.IntSlider(steps_per_epoch, 1, 200, description='steps/epoch')
     rise = w.FloatRangeSlider(value=(0.,1.), min=0., max=1., step=.05, description='rise')
     lam,drop = (w.FloatSlider(1., min=0., max=1., step=.05, description=o) for o in ('highest λ','highest p'))
@@ -278,7 +283,7 @@ def schedule_explorer(
         since,until = rise.value[0],max(rise.value[1], rise.value[0]+.01)
         if until>1: since,until = .99,1.
         ramps = [hold_ramp(0., o.value, until, since) for o in (lam, drop)]
-        plan = plan_drops(len(names), epoch.value, steps.value, *ramps, hold.value, seed.value)
+        plan = plan_drops(len(names), epoch.value, steps.value, *ramps, hold.value, seed.value, droppable)
         picture.value,text.value = picture_bytes(plot_plan(plan, names)),plan_caption(plan, len(names))
     return _explorer([epoch, steps, rise, lam, drop, hold, seed], draw, picture, text)
 

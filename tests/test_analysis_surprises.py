@@ -4,18 +4,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.data.core import DataLoaders
+from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.core import PILMask
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import weight_norm
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
-from dropclass.analysis_context import colocation, inpaint, robustness_table
+import dropclass.analysis_context
+from dropclass.analysis_context import colocation, inpaint, open_model, robustness_table
 from dropclass.analysis_entanglement import classifier_weight, entanglement
 from dropclass.analysis_figures import cam_layer, grad_cam, take_images
-from dropclass.audit import audit
+from dropclass.audit import audit, erased_example, measure_network
 from dropclass.compare import difference_text
-from dropclass.core import VOID
+from dropclass.core import VOID, ClassSpec
 from dropclass.data_sampling import image_class_counts
 from dropclass.head import add_dropclass
 from dropclass.testing import ToyNet, toy_batch
@@ -151,3 +154,54 @@ def test_all_void_has_no_robustness(batch):
 
 def test_no_negative_zero():
     assert difference_text(pd.Series(dict(difference=-.01, low=-.04, high=-.001, pairs=3)))=='+0.0* [+0.0, +0.0]'
+
+
+class OneSize(nn.Module):
+    "A network with a parameter per pixel, as ViTs with a position embedding have."
+    def __init__(self, x):
+        super().__init__()
+        self.position,self.net = nn.Parameter(torch.zeros(1, *x.shape[1:])),ToyNet()
+    def forward(self, x): return self.net(x+self.position)
+
+
+def test_networks_of_one_size_are_probed_with_the_images(batch):
+    x,_ = batch
+    odd = torch.randn(len(x), 3, 40, 24)
+    data = [(odd, torch.randint(4, (len(x), 40, 24)))]
+    net = OneSize(odd)
+    found = measure_network(open_model(net, 4), data, progress=False)
+    assert torch.equal(found.entangled.weight, net.net.classifier.weight.detach().flatten(1)) and not found.reason
+
+
+def test_a_fill_may_be_an_array(batch):
+    subject,colour = open_model(ToyNet(), 4),np.array([.5,.1,-.3])
+    pictures = [erased_example(subject, [batch], colocation(subject, [batch], fill=o), o, least=-100.).shots['erased'] for o in (colour, torch.tensor(colour))]
+    assert torch.equal(*map(torch.as_tensor, pictures))
+
+
+class Nameless:
+    "A Learner of fastai whose data have no classes."
+    def __init__(self, loss): self.model,self.dls,self.loss_func = ToyNet(),DataLoaders([]),loss
+
+
+def test_learners_without_class_names_say_what_to_pass():
+    with pytest.raises(ValueError, match='pass the class names'): open_model(Nameless(CrossEntropyLossFlat(axis=1)))
+    assert open_model(Nameless(CrossEntropyLossFlat(axis=1)), 4).spec.names==('class 0','class 1','class 2','class 3')
+
+
+def test_learners_that_ignore_a_class_say_what_to_pass():
+    learn = Nameless(CrossEntropyLossFlat(axis=1, ignore_index=2))
+    learn.dls.vocab = ['road','car','Void','sky']
+    with pytest.raises(ValueError, match='ignores label 2, which is the class Void'): open_model(learn)
+    assert open_model(learn, learn.dls.vocab).spec.ignore_index==VOID
+
+
+def test_networks_of_runs_go_to_the_device(monkeypatch, tmp_path):
+    "There may be no GPU here, so the meta device stands for one."
+    class Saved: # What `load_run` gives
+        folder,spec = tmp_path/'run',ClassSpec(['road','car','sky','tree'])
+        def load_model(self): return ToyNet()
+    where = lambda o: next(o.model.parameters()).device.type
+    assert where(open_model(Saved(), device='meta'))=='meta' and where(open_model(Saved(), device='cpu'))=='cpu'
+    monkeypatch.setattr(dropclass.analysis_context, 'default_device', lambda: 'meta')
+    assert where(open_model(Saved()))=='meta'

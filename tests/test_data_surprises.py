@@ -9,14 +9,17 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from PIL import Image
+from torch import nn
 
 from dropclass.audit import _head_options, audit_files, load_network
 from dropclass.cli import default_folder, make_config
-from dropclass.compare import comparison, describe_arms, describe_comparison, compare_arms, group_arms, predict_images, read_run
+from dropclass.compare import comparison, describe_arms, describe_comparison, compare_arms, group_arms, predict_images, predict_mask, read_run
 from dropclass.core import ClassSpec
-from dropclass.data_core import SegmentationItems, pair_files, write_toy_folder
+from dropclass.data_camvid import write_toy_camvid
+from dropclass.data_core import SegmentationItems, check_counts, pair_files, write_toy_folder
+from dropclass.data_folder import folder_dls
 from dropclass.data_voc import voc_dls, write_toy_voc
-from dropclass.experiment import Config, check_counts, config_hash, make_data, make_learner, train_run
+from dropclass.experiment import Config, config_hash, make_data, make_learner, train_run
 from dropclass.metrics import class_iou, mean_iou
 
 SMALL = dict(data='scenes', epochs=1, bs=4, size=(32,48), threads=1, data_options=dict(n_train=8, n_valid=4))
@@ -27,10 +30,14 @@ def quiet(config, out): return train_run(config, out, progress=False, write=lamb
 
 # ---- prediction sees what validation saw
 
-def test_pictures_of_many_sizes_are_predicted_as_they_were_validated(tmp_path):
-    "On VOC the network saw pictures on a canvas, not stretched to it."
-    voc = write_toy_voc(tmp_path/'voc', n=6)
-    config = Config(data='voc', path=str(voc), method='plain', epochs=1, bs=2, size=(48,48), threads=1, data_options=dict(augment=False))
+@pytest.mark.parametrize('data', ['voc', 'folder'])
+def test_pictures_of_many_sizes_are_predicted_as_they_were_validated(tmp_path, data):
+    "On VOC, and from a folder with `fit`, the network saw pictures on a canvas, not stretched to it."
+    if data=='voc': where,options = write_toy_voc(tmp_path/'voc', n=6),{}
+    else:
+        where,masks = write_toy_folder(tmp_path/'toy', n=6)
+        options = dict(masks=str(masks), names=['ground','wall','sky'], fit=True)
+    config = Config(data=data, path=str(where), method='plain', epochs=1, bs=2, size=(64,64), threads=1, data_options=dict(augment=False, **options))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning) # Most classes do not occur
         run = quiet(config, tmp_path/'run')
@@ -225,3 +232,32 @@ def test_one_wrong_pixel_is_no_class(tmp_path):
     arms = compare_arms(plain+other)
     assert abs(arms.loc[('dropclass','mIoU')].difference+.05)<1e-9
     for text in (describe_comparison(df), describe_arms(arms)): assert 'nan' not in text and 'rare' not in text
+
+
+def test_masks_of_more_classes_than_a_byte_holds():
+    net = nn.Conv2d(3, 300, 1)
+    with torch.no_grad():
+        net.weight.zero_()
+        net.bias.copy_(torch.arange(300.))
+    assert predict_mask(net, torch.zeros(3, 4, 4, dtype=torch.uint8)).unique().tolist()==[299]
+
+
+@pytest.mark.parametrize(('cache','given','workers'), [(True,0,0), (False,0,2), (False,1,1)])
+def test_images_on_disk_are_read_by_workers(monkeypatch, tmp_path, cache, given, workers):
+    monkeypatch.setattr('dropclass.data_core.num_cpus', lambda: 2)
+    images,masks = write_toy_folder(tmp_path, n=10)
+    dls = folder_dls(images, masks, ['ground','wall','sky'], bs=2, num_workers=given or None, cache=cache)
+    assert dls.train.fake_l.num_workers==workers
+
+
+def test_workers_of_a_configuration_are_the_data_sets_own(monkeypatch, tmp_path):
+    monkeypatch.setattr('dropclass.data_core.num_cpus', lambda: 2)
+    write_toy_camvid(tmp_path)
+    config = lambda n, cache: Config(data='camvid', path=str(tmp_path), bs=2, num_workers=n, data_options=dict(cache=cache))
+    assert [make_data(config(n, cache)).train.fake_l.num_workers for n,cache in ((0,True),(0,False),(3,False))]==[0,2,3]
+
+
+@pytest.mark.parametrize('size', [32, (32,), '32x32'])
+def test_sizes_are_pairs(tmp_path, size):
+    images,masks = write_toy_folder(tmp_path, n=10)
+    with pytest.raises(ValueError, match='a height and a width'): folder_dls(images, masks, ['ground','wall','sky'], size=size)

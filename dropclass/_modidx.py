@@ -343,6 +343,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'dropclass/callback.py'),
                                     'dropclass.callback.DropClassCallback.before_validate': ( 'callback.html#dropclasscallback.before_validate',
                                                                                               'dropclass/callback.py'),
+                                    'dropclass.callback.DropClassCallback.check_loss': ( 'callback.html#dropclasscallback.check_loss',
+                                                                                         'dropclass/callback.py'),
                                     'dropclass.callback.DropClassCallback.compare_paths': ( 'callback.html#dropclasscallback.compare_paths',
                                                                                             'dropclass/callback.py'),
                                     'dropclass.callback.DropClassCallback.disarm': ( 'callback.html#dropclasscallback.disarm',

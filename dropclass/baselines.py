@@ -82,6 +82,7 @@ class OhemLoss(nn.Module):
     ): # Scalar loss
         valid = target!=self.ignore_index
         losses = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction='none')[valid] # -log of the probability
+        if not len(losses): return 0*logits.sum() # All void
         least = min(len(losses), math.ceil(self.min_kept*len(losses)) if self.min_kept<1 else int(self.min_kept))
         hard = (losses>-math.log(self.thresh)) | (losses>=losses.detach().topk(least).values[-1])
         weight = torch.ones_like(losses) if self.weight is None else self.weight.to(losses)[target[valid]]

@@ -6,6 +6,8 @@
 __all__ = ['DropClassCallback', 'class_names', 'extend_optimizer']
 
 # %% ../nbs/30_callback.ipynb #d02fc619
+from numbers import Integral
+
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -19,10 +21,10 @@ from fastai.learner import CastToTensor, ValueMetric
 from fastai.torch_core import norm_bias_params
 from .core import check_choice, eval_mode, step_generator
 from .data_core import class_counts
-from .features import cycled_class, dropped_class, sample_keep_mask
+from .features import cycled_class, draw_weights, dropped_class, sample_keep_mask
 from .fused import find_resize, fuses, resize_dropclass_loss
 from .head import HEAD_CHOICES, HEAD_OPTIONS, add_dropclass, get_head, main_output, remove_dropclass, split_paths, uncompiled
-from .losses import check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, plain_tensor, total_loss, strip_weights
+from .losses import check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, per_pixel_loss, plain_tensor, total_loss, strip_weights
 from .ranks import num_ranks, pixel_shares, shared_weights, sum_over_ranks
 from .schedules import as_schedule, global_step, schedule_value
 
@@ -59,7 +61,7 @@ class DropClassCallback(Callback):
             if value is not None: check_choice(value, HEAD_CHOICES[name], name) # A head that is there already takes what it is given
         if isinstance(draw, str): check_choice(draw, ('uniform','cycle','present','rare'), 'draw')
         lam,drop_prob = as_schedule(lam, 'lam'),as_schedule(drop_prob, 'drop_prob')
-        never_drop = (never_drop,) if isinstance(never_drop, (str,int)) else tuple(never_drop)
+        never_drop = (never_drop,) if isinstance(never_drop, (str,Integral)) else tuple(never_drop)
         store_attr()
         self.drop_head,self.drop_logits,self.rows,self.fitting = None,None,[],False
         self.routes,self.small = {},None
@@ -93,20 +95,26 @@ def _num_classes(dls):
 @patch
 def fixed_weights(self:DropClassCallback): # One weight per class (C,); None draws all alike
     "Work out how often each class is drawn, where that does not depend on the batch."
-    if not isinstance(self.draw, str): return self.draw
+    if not isinstance(self.draw, str):
+        draw_weights(self.draw, self.droppable, len(self.names)) # Fails before the first step, if at all
+        return self.draw
     if self.draw!='rare': return None
     return class_counts(self.dls.train.dataset, len(self.names)).clamp(min=1).double()**-.5
 
 # %% ../nbs/30_callback.ipynb #89a91e88
 @patch
-def setup_head(self:DropClassCallback):
+def setup_head(self:DropClassCallback,
+    fitting:bool=False, # Is a fit about to start? Then the loss is tried as well
+):
     "Find the model's head, or add one, and hand it the callback's options."
     options = {k:v for k in HEAD_OPTIONS if (v := getattr(self, k)) is not None}
     self.drop_head = get_head(self.model)
     added = self.drop_head is None
     if added:
         self.drop_head = add_dropclass(self.model, _num_classes(self.dls), self.classifier, self.probe, start=self.start, seed=self.seed, **options)
-    try: self.setup_draw()
+    try:
+        self.setup_draw()
+        if fitting: self.check_loss()
     except Exception:
         if added: remove_dropclass(self.model)
         raise
@@ -167,6 +175,15 @@ def tidy(self:DropClassCallback):
 
 # %% ../nbs/30_callback.ipynb #4d110dc6
 @patch
+def check_loss(self:DropClassCallback):
+    "Refuse a loss that could not leave out the pixels of a class, which training would find in its first drop."
+    never = all(self.drop_prob(i/10)==0 for i in range(11))
+    if never or get_ignore_index(self.loss_func) is not None: return
+    where = next(self.model.parameters()).device
+    pixels = dict(device=where, dtype=torch.long)
+    per_pixel_loss(torch.zeros(1, len(self.names), 1, 2, device=where), torch.zeros(1, 1, 2, **pixels), torch.ones(1, 1, 2, **pixels).bool(), self.loss_func)
+
+@patch
 def before_fit(self:DropClassCallback):
     "Make head, optimizer, checks and columns ready, and start a new history."
     if self.evaluating: return self.disarm()
@@ -177,7 +194,7 @@ def before_fit(self:DropClassCallback):
     spec = getattr(self.dls, 'spec', None)
     if spec is not None: check_void(self.loss_func, spec.ignore_index)
     if self.masked_weights is False: strip_weights(cross_entropy_options(self.loss_func), self.loss_func) # Fails before the first step, if at all
-    self.setup_head()
+    self.setup_head(fitting=True)
     extend_optimizer(self.learn, self.drop_head)
     self.drop_head.to(next(self.model.parameters()).device)
     self.rows,self.fitting,self.valid_sums,self.routes = [],True,[0., 0., 0.],{}
@@ -282,7 +299,8 @@ def why_full(self:DropClassCallback) -> str|None: # A reason, or None
     if getattr(getattr(self.learn, 'recorder', None), 'train_metrics', False): return 'metrics of training batches are asked for'
     mine = lambda cb: isinstance(cb, (DropClassCallback, MixedPrecision))
     foreign = lambda cb: not type(cb).__module__.startswith(('fastai.', 'dropclass.'))
-    others = [cb.name for cb in self.learn.cbs if not mine(cb) and (hasattr(type(cb), 'after_pred') or foreign(cb) and hasattr(type(cb), 'after_loss'))]
+    late = ('after_loss','before_backward','after_backward','before_step','after_step','after_batch')
+    others = [cb.name for cb in self.learn.cbs if not mine(cb) and (hasattr(type(cb), 'after_pred') or foreign(cb) and any(hasattr(type(cb), o) for o in late))]
     if others: return f"the callback {others[0]} may read the prediction"
 
 @patch

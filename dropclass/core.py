@@ -12,6 +12,7 @@ import colorsys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from numbers import Integral
 
 import torch
 from torch import nn, Tensor
@@ -21,11 +22,11 @@ def check_num_classes(
     num_classes:int, # Number of classes, C
 ) -> int: # The same number
     "Refuse fewer than two classes."
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int):
+    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral):
         raise TypeError(f"`num_classes` must be an int, got {num_classes!r}")
     if num_classes<2:
         raise ValueError(f"`num_classes` must be at least 2, got {num_classes}: model a single class as background and object")
-    return num_classes
+    return int(num_classes)
 
 # %% ../nbs/00_core.ipynb #37b0a446
 def check_unit(

@@ -111,7 +111,7 @@ def average_kept(
 ) -> Tensor: # Features after the drop (N,K,h1,w1)
     "Average the class-specific features of the kept classes, Eq. (4) to the letter."
     weight = class_weights(keep_mask, average).to(class_features)
-    return (class_features*weight.view(-1,1,1,1)).sum(1)
+    return (class_features*weight.view(-1, *[1]*(class_features.ndim-2))).sum(1)
 
 # %% ../nbs/11_features.ipynb #580c7986
 def streamed_sums(
@@ -131,10 +131,11 @@ def streamed_sums(
 def kept_sums(
     importance:Tensor|Iterable, # Importance (C,K), (C,K,h1,w1) or (N,C,K,h1,w1), or its classes one after the other
     weight:Tensor, # Weight of each class (C,)
+    spatial:int=2, # Spatial axes of the features: 2 for images, 3 for volumes
 ) -> tuple: # Weighted sums of the positive and of the negative part; the class axis is gone
     "Add up what speaks for the kept classes, and what speaks against them."
     if not isinstance(importance, Tensor): return streamed_sums(importance, weight.tolist())
-    axis = 1 if importance.ndim>=5 else 0
+    axis = 1 if importance.ndim==3+spatial else 0
     if importance.shape[axis]!=len(weight):
         raise ValueError(f"`importance` has {importance.shape[axis]} classes and `keep_mask` {len(weight)}: both must count the classifier's outputs")
     weight = weight.to(importance).view(-1, *[1]*(importance.ndim-axis-1))
@@ -143,9 +144,10 @@ def kept_sums(
 # %% ../nbs/11_features.ipynb #faa3bb80
 def mean_scale(
     positive:Tensor, # Positive sum (K,), (K,h1,w1) or (N,K,h1,w1)
+    spatial:int=2, # Spatial axes of the features: 2 for images, 3 for volumes
 ) -> Tensor: # Its mean over all but N, detached, ready to divide by; 1 where nothing is positive
     "Find the unit of a scale."
-    axes = tuple(range(1 if positive.ndim>=4 else 0, positive.ndim))
+    axes = tuple(range(1 if positive.ndim==2+spatial else 0, positive.ndim))
     mean = positive.detach().mean(axes, keepdim=True)
     return torch.where(mean>0, mean, torch.ones_like(mean))
 
@@ -154,12 +156,13 @@ def shuffled_sums(
     importance:Tensor, # Importance (C,K), (C,K,h1,w1) or (N,C,K,h1,w1)
     weight:Tensor, # Weight of each class (C,), 0 for the dropped one
     shuffle:Tensor, # Order of the channels (K,)
+    spatial:int=2, # Spatial axes of the features: 2 for images, 3 for volumes
 ) -> tuple: # Weighted sums of the positive and of the negative part
     "Add up all classes, then take the dropped class's part from other channels than its own."
     if not isinstance(importance, Tensor): raise ValueError("A shuffled drop needs the importance as a tensor: a classifier whose importance comes from autograd has no such control")
-    axis = -3 if importance.ndim>2 else -1
+    axis = -1-spatial if importance.ndim>2 else -1
     full = torch.full_like(weight, weight.max().item())
-    every,removed = kept_sums(importance, full),kept_sums(importance, full-weight)
+    every,removed = kept_sums(importance, full, spatial),kept_sums(importance, full-weight, spatial)
     return tuple((a-b.index_select(b.ndim+axis, shuffle.to(b.device))).clamp(min=0) for a,b in zip(every, removed))
 
 # %% ../nbs/11_features.ipynb #b4add9c1
@@ -168,14 +171,15 @@ def class_scale(
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     average:str='all', # Divide by 'all' classes (the paper) or by the 'kept' ones (the authors' code)
     scale:str='raw', # 'raw' as Eq. (4) has it; 'unit' divides both by the mean of the positive part, detached
-    shuffle:Tensor|None=None, # Order of the channels (K,): removes as much as the dropped class has, but from random channels. None drops the class
+    shuffle:Tensor|None=None, # Order of the channels (K,): removes as much as the dropped class has, less where classes are few, but from random channels. None drops the class
+    spatial:int=2, # Spatial axes of the features: 2 for images, 3 for volumes, 1 for lines
 ) -> tuple: # Positive and negative scale, each (K,), (K,h1,w1) or (N,K,h1,w1); gradients reach the importance
     "Sum the kept classes' importance: the two factors of Eq. (4)."
     check_choice(scale, ('raw','unit'), 'scale')
     weight = class_weights(keep_mask, average)
-    positive,negative = kept_sums(importance, weight) if shuffle is None else shuffled_sums(importance, weight, shuffle)
+    positive,negative = kept_sums(importance, weight, spatial) if shuffle is None else shuffled_sums(importance, weight, shuffle, spatial)
     if scale=='raw': return positive,negative
-    unit = mean_scale(positive)
+    unit = mean_scale(positive, spatial)
     return positive/unit,negative/unit
 
 # %% ../nbs/11_features.ipynb #2b9f9719
@@ -190,7 +194,7 @@ def drop_features(
 ) -> Tensor: # Features after the drop (N,K,h1,w1), in the dtype of the features
     "Drop a class from the features, Eq. (2) and (4) factorised."
     if isinstance(importance, Tensor): importance_maps(importance, features) # Checks the shape
-    scales = class_scale(importance, keep_mask, average, scale, shuffle)
+    scales = class_scale(importance, keep_mask, average, scale, shuffle, features.ndim-2)
     positive,negative = (o.to(features.dtype).reshape(*o.shape, *[1]*(features.ndim-2 if o.ndim==1 else 0)) for o in scales)
     if not signed: return features*positive
     return features.relu()*positive + features.neg().relu()*negative

@@ -65,7 +65,7 @@ def check_classifier(
 # %% ../nbs/10_importance.ipynb #2a45797e
 def conv_importance(
     conv:nn.Module|Tensor, # Classifier (`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`), or its weight: (C,K) or (C,K,kh,kw), one to three axes of taps
-) -> Tensor: # Importance S (C,K): spatial mean of Eq. (1) up to one positive constant; differentiable, not detached
+) -> Tensor: # Importance S (C,K): for 1x1 the spatial mean of Eq. (1) up to one positive constant, for larger kernels the same away from the border; differentiable, not detached
     "Read the importance off a convolution: its weight, summed over the taps."
     weight = conv if isinstance(conv, Tensor) else check_classifier(conv).weight
     if not 2<=weight.ndim<=5: raise ValueError(f"A classifier weight is (C,K) or (C,K,kh,kw), got shape {tuple(weight.shape)}: use `autograd_importance`")

@@ -1,17 +1,20 @@
 "Networks, losses and tools that do a little more than the usual: the callback and the head must train them, or say why not."
 import copy
+import math
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Datasets, FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, load_learner
+from fastai.vision.all import Callback, Datasets, FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, SchedLin, load_learner
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from dropclass.baselines import FadeWeightsCallback, IgnoreLabelCallback
+from dropclass.baselines import FadeWeightsCallback, IgnoreLabelCallback, OhemLoss
 from dropclass.callback import DropClassCallback
-from dropclass.core import VOID
+from dropclass.core import VOID, check_num_classes
+from dropclass.fused import resize_cross_entropy
 from dropclass.head import add_dropclass, get_head, inspect_classifier, split_paths
 from dropclass.testing import ToyNet, toy_batch, toy_dls, toy_learner
 
@@ -422,3 +425,73 @@ def test_outputs_that_cannot_be_split_say_so():
     class Output:
         def __init__(self, logits): self.logits = logits
     with pytest.raises(TypeError, match='`out.logits` say'): split_paths(Output(torch.zeros(4, 2)), 2)
+
+
+# ---- what a second reader of the method found
+
+class SeesTraining(Callback):
+    "Compares prediction and labels after the step, as accuracies of training batches do."
+    order = 55
+    def after_batch(self):
+        if self.training: self.right = (self.pred.argmax(1)==self.yb[0]).float().mean()
+
+
+def test_callbacks_after_the_loss_see_what_they_see_without_us():
+    learn = toy_learner(cbs=[SeesTraining(), DropClassCallback()])
+    learn.fit(1)
+    assert 0<=learn.sees_training.right<=1 and 'sees_training' in learn.drop_class.route
+
+
+def _no_reduction(pred, target): return F.cross_entropy(pred, target.clamp(max=3))
+
+
+@pytest.mark.parametrize('options', [dict(), dict(drop_prob=SchedLin(0, .1))])
+def test_a_loss_that_cannot_mask_is_refused_before_the_first_step(options):
+    cb,learn = DropClassCallback(**options),toy_learner(loss_func=_no_reduction)
+    with pytest.raises(ValueError, match='one value per pixel'): learn.fit(1, cbs=cb)
+    assert not cb.rows and get_head(learn.model) is None
+
+
+def test_a_loss_that_cannot_mask_will_do_where_nothing_is_dropped():
+    cb,learn = DropClassCallback(drop_prob=0),toy_learner(loss_func=_no_reduction)
+    learn.fit(1, cbs=cb)
+    assert len(cb.rows)>0
+
+
+def test_draw_weights_are_counted_before_the_first_step():
+    cb = DropClassCallback(draw=[1,2])
+    with pytest.raises(ValueError, match='4 finite numbers'): toy_learner().fit(1, cbs=cb)
+    assert not cb.rows
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert check_num_classes(np.int64(4))==4 and type(check_num_classes(np.int64(4))) is int
+    cb = DropClassCallback(never_drop=np.int64(1))
+    toy_learner().fit(2, cbs=cb)
+    assert 'class 1' not in set(cb.history.dropped_class)
+
+
+def test_lines_do_not_lean_on_their_batch():
+    "A 1-D network whose importance comes from autograd: a prediction is the same alone."
+    class Lines(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body,self.classifier = nn.Sequential(nn.Conv1d(1, 4, 3, padding=1), nn.ReLU()),nn.Conv1d(4, 4, 1)
+        def forward(self, x): return self.classifier(self.body(x)).sigmoid()
+    net,x = Lines(),torch.randn(3, 1, 16)
+    add_dropclass(net, predict='drop')
+    net.eval()
+    assert torch.allclose(net(x), torch.cat([net(o) for o in x.split(1)]), atol=1e-6)
+
+
+def test_label_255_is_a_class_where_there_are_so_many():
+    with pytest.raises(ValueError, match='give another `ignore_index`'): resize_cross_entropy(torch.randn(1, 300, 4, 4), torch.full((1, 8, 8), 255))
+    found = resize_cross_entropy(torch.zeros(1, 300, 4, 4), torch.full((1, 8, 8), 255), ignore_index=-100)
+    assert abs(found.item()-math.log(300))<1e-4
+
+
+def test_hard_pixels_of_nothing():
+    logits = torch.randn(1, 4, 3, 3, requires_grad=True)
+    loss = OhemLoss()(logits, torch.full((1, 3, 3), VOID))
+    loss.backward()
+    assert loss==0 and not logits.grad.any()

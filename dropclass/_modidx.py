@@ -395,6 +395,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'dropclass/callback.py'),
                                     'dropclass.callback.DropClassCallback.why_full': ( 'callback.html#dropclasscallback.why_full',
                                                                                        'dropclass/callback.py'),
+                                    'dropclass.callback._names_pred': ('callback.html#_names_pred', 'dropclass/callback.py'),
                                     'dropclass.callback._num_classes': ('callback.html#_num_classes', 'dropclass/callback.py'),
                                     'dropclass.callback.class_names': ('callback.html#class_names', 'dropclass/callback.py'),
                                     'dropclass.callback.extend_optimizer': ('callback.html#extend_optimizer', 'dropclass/callback.py')},

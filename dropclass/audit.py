@@ -170,17 +170,18 @@ def measure_network(
     "Measure erased context, and entanglement where there is a linear classifier."
     context,reason = colocation(subject, data, **kwargs),''
     entangled = None
-    for probe in (None, _two_images(subject.model, data)): # A made-up image is small; networks of one size need real ones
+    for probe in (lambda: None, lambda: _two_images(subject.model, data)): # A made-up image is small; networks of one size need real ones
         try:
-            entangled = entanglement(subject, pixel_counts=pixel_counts, classifier=classifier, probe=probe)
+            entangled = entanglement(subject, pixel_counts=pixel_counts, classifier=classifier, probe=probe())
             break
         except (ValueError, AttributeError, NotImplementedError) as e: reason = reason or str(e)
     return NetworkAudit(subject.label, describe_network(subject), context, entangled, '' if entangled else reason)
 
 def _two_images(model, data):
     "The first image and the last of the first batch."
-    x = next(iter(iter_batches(data)))[0]
-    return x[[0,-1]].to(next(model.parameters()).device)
+    x = next(iter_batches(data), (None,))[0]
+    if x is None: raise ValueError("There are no images")
+    return x[[0,-1]].to(next(model.parameters(), x).device)
 
 # %% ../nbs/65_audit.ipynb #0f01ed56
 @dataclass

@@ -289,6 +289,12 @@ def before_validate(self:DropClassCallback):
     if not self.evaluating: self.valid_sums = [0., 0., 0.]
 
 # %% ../nbs/30_callback.ipynb #e769c8ab
+def _names_pred(cb):
+    "Does a callback speak of the prediction anywhere? It could do so in any event after the loss."
+    def inside(code): return 'pred' in code.co_names or any(inside(o) for o in code.co_consts if hasattr(o, 'co_names'))
+    methods = [m for o in type(cb).__mro__ if o.__module__!='fastai.callback.core' for m in vars(o).values()]
+    return any(inside(m.__code__) for m in methods if hasattr(m, '__code__'))
+
 @patch
 def why_full(self:DropClassCallback) -> str|None: # A reason, or None
     "Say why this fit needs predictions at full size in training."
@@ -299,8 +305,7 @@ def why_full(self:DropClassCallback) -> str|None: # A reason, or None
     if getattr(getattr(self.learn, 'recorder', None), 'train_metrics', False): return 'metrics of training batches are asked for'
     mine = lambda cb: isinstance(cb, (DropClassCallback, MixedPrecision))
     foreign = lambda cb: not type(cb).__module__.startswith(('fastai.', 'dropclass.'))
-    late = ('after_loss','before_backward','after_backward','before_step','after_step','after_batch')
-    others = [cb.name for cb in self.learn.cbs if not mine(cb) and (hasattr(type(cb), 'after_pred') or foreign(cb) and any(hasattr(type(cb), o) for o in late))]
+    others = [cb.name for cb in self.learn.cbs if not mine(cb) and (hasattr(type(cb), 'after_pred') or foreign(cb) and (hasattr(type(cb), 'after_loss') or _names_pred(cb)))]
     if others: return f"the callback {others[0]} may read the prediction"
 
 @patch

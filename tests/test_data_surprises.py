@@ -33,11 +33,11 @@ def quiet(config, out): return train_run(config, out, progress=False, write=lamb
 @pytest.mark.parametrize('data', ['voc', 'folder'])
 def test_pictures_of_many_sizes_are_predicted_as_they_were_validated(tmp_path, data):
     "On VOC, and from a folder with `fit`, the network saw pictures on a canvas, not stretched to it."
-    if data=='voc': where,options = write_toy_voc(tmp_path/'voc', n=6),{}
+    if data=='voc': where,options,size = write_toy_voc(tmp_path/'voc', n=6),{},(48,48)
     else:
         where,masks = write_toy_folder(tmp_path/'toy', n=6)
-        options = dict(masks=str(masks), names=['ground','wall','sky'], fit=True)
-    config = Config(data=data, path=str(where), method='plain', epochs=1, bs=2, size=(64,64), threads=1, data_options=dict(augment=False, **options))
+        options,size = dict(masks=str(masks), names=['ground','wall','sky'], fit=True),(64,64)
+    config = Config(data=data, path=str(where), method='plain', epochs=1, bs=2, size=size, threads=1, data_options=dict(augment=False, **options))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning) # Most classes do not occur
         run = quiet(config, tmp_path/'run')

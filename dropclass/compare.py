@@ -422,7 +422,10 @@ def format_arms(
     for name in df.loc[labels[0]].index[:-2]:
         first,*others = (df.loc[(l, name)] for l in labels)
         rows.append([name+(' †' if first.rare else ''), f'{first.pixels:.2f}', _spread(first), *(f"{_signed(o.difference)}{_star(o)}" if o.pairs>0 else '-' for o in others)])
-    return '\n'.join([*lines, *_table(rows), '', f"† the {int(df.loc[labels[0]].rare[:-2].sum())} classes with the fewest pixels" + (f"; columns after {labels[0]} are differences to it" if len(labels)>1 else '')])
+    asked = sum(int(df.loc[o].low[:-2].notna().sum()) for o in labels[1:])
+    notes = [f"† the {int(df.loc[labels[0]].rare[:-2].sum())} classes with the fewest pixels" + (f"; columns after {labels[0]} are differences to it" if len(labels)>1 else '')]
+    if asked: notes.append(f"Where nothing differs, chance alone would put a * on about {asked*(1-attrs['level']):.1f} of these {asked} differences")
+    return '\n'.join([*lines, *_table(rows), '', *notes])
 
 # %% ../nbs/71_compare.ipynb #82b4007e
 def plot_arms(

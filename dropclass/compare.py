@@ -254,7 +254,7 @@ def _difference_bars(ax, differences, df):
     for k,column in enumerate(differences):
         at = [i+.8/n*(k-(n-1)/2) for i in rows]
         values = differences[column].fillna(0)
-        ax.barh(at, values, .56/n, color=[GAIN if v>0 else LOSS for v in values])
+        ax.barh(at, values, .56/n, color=[GAIN if v>0 else LOSS for v in values] if n<2 else RUN_COLORS[(k+1)%len(RUN_COLORS)])
         for y,v in zip(at, differences[column]):
             if v==v: ax.annotate(_signed(v), (v, y), (3 if v>=0 else -3,0), textcoords='offset points', va='center', ha='left' if v>=0 else 'right', fontsize=6.5, color='#444')
     reach = max(1., 1.45*float(differences.abs().max(axis=None)))

@@ -308,6 +308,7 @@ def why_full(self:DropClassCallback) -> str|None: # A reason, or None
     others = [cb.name for cb in self.learn.cbs if not mine(cb) and (hasattr(type(cb), 'after_pred') or foreign(cb) and (hasattr(type(cb), 'after_loss') or _names_pred(cb)))]
     if others: return f"the callback {others[0]} may read the prediction"
 
+# %% ../nbs/30_callback.ipynb #7e897e45
 @patch
 def measure_tail(self:DropClassCallback): # Options of the resize as a dict, or a reason against it as text
     "Send one image through the network in evaluation mode and look at what the tail does to the logits, then to one channel of them."
@@ -341,6 +342,7 @@ def run_tail(self:DropClassCallback,
             return seen,main_output(model(*(o[:1] for o in self.xb)))
     finally: handle.remove()
 
+# %% ../nbs/30_callback.ipynb #60655a52
 @patch
 def small_route(self:DropClassCallback) -> dict|None: # Options of the fused loss, or None for the stacked route
     "Choose the route of this step, once per size of the input."

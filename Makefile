@@ -21,7 +21,8 @@ help: ## this list
 
 install: $(STAMP) ## make .venv and install the package in it, editable
 
-$(STAMP): settings.ini setup.py pyproject.toml
+# pyproject.toml is not asked: every nbdev-export writes it anew, and what is installed stands in settings.ini
+$(STAMP): settings.ini setup.py
 	@$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 10) or sys.exit('dropclass needs Python 3.10 or later, this is %d.%d: try make PYTHON=python3.12' % v[:2])"
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
@@ -47,7 +48,7 @@ nbs: $(STAMP) ## write dropclass/ from the notebooks and clean them
 	$(RUN_ENV) nbdev-clean
 
 outputs: $(STAMP) ## run the notebooks again and store what they show (NB=nbs/one.ipynb for one)
-	$(if $(NB),echo $(NB),$(NOTEBOOKS)) | $(TEST_ENV) xargs -n 1 -P $(WORKERS) nbdev-test --save
+	$(if $(NB),echo $(NB),$(NOTEBOOKS)) | $(TEST_ENV) PYTHONWARNINGS=ignore::FutureWarning xargs -n 1 -P $(WORKERS) nbdev-test --save
 	$(RUN_ENV) nbdev-clean
 
 readme: $(STAMP) ## write README.md from nbs/index.ipynb (needs no Quarto)

@@ -154,9 +154,12 @@ class IgnoreLabelCallback(Callback):
 
     def before_fit(self):
         if self.learn.lock.locked(): return # `get_preds` and `validate`, which fastai announces as fits
-        self.ignored,self.nothing_left,self.ignore_index = [],False,get_ignore_index(self.loss_func)
+        self.begun,self.nothing_left,self.ignore_index = False,False,get_ignore_index(self.loss_func)
         if self.ignore_index is None: raise ValueError("The loss has no `ignore_index`, so no label can be hidden from it: use one that has, nn.CrossEntropyLoss(ignore_index=255) say")
         if not getattr(self.dls, 'c', None): raise ValueError("The DataLoaders do not say how many classes there are: set `dls.c`")
+
+    def before_train(self):
+        if not self.begun: self.ignored,self.begun = [],True # Only a fit trains; `summary` and `tta` announce one too
 
     def before_batch(self):
         if not self.training: return
@@ -185,11 +188,14 @@ class FadeWeightsCallback(Callback):
 
     def before_fit(self):
         if self.learn.lock.locked(): return # `get_preds` or `validate`
-        self.lams,options = [],cross_entropy_options(self.loss_func)
+        self.begun,options = False,cross_entropy_options(self.loss_func)
         if options is None: raise ValueError(f"{type(self.loss_func).__name__} is no cross-entropy, so its class weights cannot fade: use nn.CrossEntropyLoss(weight=...) with FadeWeightsCallback")
         if hasattr(self.learn, 'drop_class'): raise ValueError("DropClassCallback lets the class weights fade by itself: leave out FadeWeightsCallback, or DropClassCallback")
         self.options = strip_weights(options)
         if options['weight'] is None: raise ValueError("The loss has no class weights, so none can fade: give it some, nn.CrossEntropyLoss(weight=...) say, or leave out FadeWeightsCallback")
+
+    def before_train(self):
+        if not self.begun: self.lams,self.begun = [],True # As above
 
     def after_loss(self):
         if not self.training: return

@@ -300,7 +300,8 @@ def check_inputs(
     if target.is_floating_point():
         raise TypeError(f"`target` must hold class labels (integers), got {target.dtype}: convert with `.long()`, or take the argmax of probabilities")
     if target.dim()!=3 or len(target)!=len(logits) or not target.numel():
-        raise ValueError(f"`target` must have shape ({len(logits)},h,w) to fit logits {tuple(logits.shape)}, got {tuple(target.shape)}")
+        raise ValueError(f"`target` must have shape ({len(logits)},h,w) to fit logits {tuple(logits.shape)}, got {tuple(target.shape)}"
+                         + (": take off the axis of one channel, `target[:,0]`" if target.dim()==4 and target.shape[1]==1 else ""))
     C,target = logits.shape[1],target.long()
     if ignore_index==VOID<C: raise ValueError(f"Label {VOID} is one of {C} classes, so it cannot be void as well: give another `ignore_index`, -100 say")
     if weight is not None and weight.shape!=(C,): raise ValueError(f"`weight` must have one entry for each of {C} classes, got shape {tuple(weight.shape)}")

@@ -119,6 +119,14 @@ class DropClassHead(nn.Module):
             if classifier is None or name.startswith('_'): raise
             return getattr(classifier, name)
 
+# %% ../nbs/20_head.ipynb #8438832e
+_DISARMED = dict(keep_mask=None, both_in_eval=False, small_only=False, small=None, only=None, shuffle=None, answered=False, one_path=None, leaf=None)
+
+@patch
+def __getstate__(self:DropClassHead):
+    "Copies, pickles and exports are disarmed."
+    return {**self.__dict__, **_DISARMED}
+
 # %% ../nbs/20_head.ipynb #29024e8c
 @patch
 def classify(self:DropClassHead,
@@ -489,7 +497,11 @@ def find_classifier(
         if len(last)==1: return last[0]
         if last and _add_up(model, probe, last, out): return tuple(last)
     if last: raise ValueError(f"{type(model).__name__} has several classifiers: {', '.join(last)}. Name the one to use, as in `classifier={last[-1]!r}`")
-    raise ValueError(f"No convolution with {num_classes} outputs decides the prediction of {type(model).__name__}: check `num_classes`, or name the layer "
+    missing = f"No convolution with {num_classes} outputs decides the prediction of {type(model).__name__}"
+    if num_classes not in out.shape[1:]:
+        raise ValueError(f"{missing}, which has {out.shape[1]} channels: build the network for {num_classes} classes, or correct their number"
+            + (" (one channel cannot hold two classes here: the background is one as well)" if out.shape[1]==1 else ''))
+    raise ValueError(f"{missing}: check `num_classes`, or name the layer "
         f"that turns features into class scores, as in `classifier={ends[-1] if ends else 'decoder.last'!r}`"
         + (f" (layers that end in {num_classes} channels: {', '.join(map(repr, ends))})" if ends else ''))
 

@@ -121,21 +121,20 @@ def iter_importance(
     features:Tensor, # Feature map (N,K,h1,w1)
     detach:bool=True, # Cut the result off the graph? False allows gradients through it; memory then grows with C
     chunk:int|None=None, # Classes per run of the head, whose graph is freed in between; None runs it once
-) -> Iterator[Tensor]: # For each class, Eq. (1) of each sample (N,K,h1,w1)
-    "Differentiate the class scores, one class at a time."
+) -> Iterator[Tensor]: # For each class, Eq. (1) of each sample (N,K,h1,w1), float32 or float64
+    "Differentiate the class scores, one class at a time: their sum over the pixels, whose share of a mean is too small for half precision."
     if chunk is not None and chunk<1: raise ValueError(f"`chunk` must be at least 1, got {chunk}: give a number of classes, or None for all")
     c,num_classes = 0,1
     while c<num_classes:
         with torch.inference_mode(False), torch.enable_grad(), eval_mode(head_fn):
             x = features if features.requires_grad and not detach else features.detach().clone().requires_grad_()
             logits = head_logits(head_fn, x.clone()) # A head may overwrite its input
-        num_classes = logits.shape[1]
+        num_classes,pixels = logits.shape[1],logits[0,0].numel()
         stop = min(c+(chunk or num_classes), num_classes)
         for c in range(c, stop):
             with torch.inference_mode(False), torch.enable_grad():
-                grad, = torch.autograd.grad(class_score(logits.flatten(2)[...,None], c), x, retain_graph=not detach or c+1<stop,
-                                            create_graph=not detach, materialize_grads=True)
-            yield grad
+                grad, = torch.autograd.grad(logits[:,c].sum(), x, retain_graph=not detach or c+1<stop, create_graph=not detach, materialize_grads=True)
+            yield (grad if grad.dtype==torch.float64 else grad.float())/pixels
         c = stop
 
 # %% ../nbs/10_importance.ipynb #6f70d2cf

@@ -39,8 +39,8 @@ def loss_input(
         raise TypeError(f"`target` must hold class labels (integers), got {target.dtype}: convert with `.long()`, or take the argmax of probabilities")
     want = (logits.shape[0], *logits.shape[2:])
     if target.shape!=want:
-        raise ValueError(f"`target` must have shape {tuple(want)} to fit logits {tuple(logits.shape)}, got {tuple(target.shape)}: "
-                         "resize the logits to the size of the labels, as `dropclass.models.OutputAdapter` does")
+        remedy = "take off the axis of one channel, `target[:,0]`" if target.shape==(want[0], 1, *want[1:]) else "resize the logits to the size of the labels, as `dropclass.models.OutputAdapter` does"
+        raise ValueError(f"`target` must have shape {tuple(want)} to fit logits {tuple(logits.shape)}, got {tuple(target.shape)}: {remedy}")
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, target.long()
 
 # %% ../nbs/12_losses.ipynb #4c49ff21
@@ -77,7 +77,7 @@ def cross_entropy_options(
     "Read the settings of a cross-entropy, also inside a wrapper."
     settings = {'weight':None, 'ignore_index':-100, 'label_smoothing':0., 'reduction':'mean'}
     if isinstance(loss_func, partial) and not loss_func.args: loss_func,settings = loss_func.func,{**settings, **loss_func.keywords}
-    elif getattr(type(loss_func).__call__, '__module__', '')=='fastai.losses': loss_func = loss_func.func
+    elif getattr(type(loss_func).__call__, '__module__', '')=='fastai.losses': loss_func = getattr(loss_func, 'func', loss_func) # Its Dice loss wraps none
     if getattr(type(loss_func), 'forward', None) is nn.CrossEntropyLoss.forward: settings = {k:getattr(loss_func, k) for k in settings}
     elif loss_func is not F.cross_entropy: return None
     reduction = settings.pop('reduction')

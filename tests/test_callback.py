@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchvision
 from fastai.vision.all import (Callback, CancelFitException, CrossEntropyLossFlat, CSVLogger, EarlyStoppingCallback, FetchPredsCallback, GradientClip, Learner,
-                               LossMetrics, OptimWrapper, SaveModelCallback, SegmentationDataLoaders, get_image_files, load_learner, minimum, params, resnet18,
+                               LossMetrics, OptimWrapper, SaveModelCallback, SegmentationDataLoaders, get_image_files, load_learner, minimum, params, ranger, resnet18,
                                unet_learner)
 from PIL import Image
 from torch import nn
@@ -489,6 +489,48 @@ def test_two_fits_give_two_histories():
     assert get_head(learn.model).predicts=='drop' # Trained once, it stays so
 
 
+def test_lookahead_keeps_its_copies_in_place():
+    "An optimizer with a slow copy of each weight goes on when the block joins it in a later fit; at a rate of 0 nothing moves."
+    class Late(ToyNet):
+        "A layer registered behind the classifier, so that the block's weights push it back."
+        def __init__(self): super().__init__(); self.late = nn.Conv2d(8, 8, 1, bias=False)
+        def forward(self, x): return F.interpolate(self.classifier(self.late(self.backbone(x))), size=x.shape[-2:], mode='bilinear')
+    learn = toy_learner(model=Late(), opt_func=ranger)
+    learn.fit(2)
+    late = learn.model.late.weight.detach().clone()
+    learn.fit(2, lr=0., cbs=DropClassCallback())
+    torch.testing.assert_close(learn.model.late.weight.detach(), late, atol=1e-6, rtol=0)
+    torch.testing.assert_close(block(learn.model)[0], fresh_block(learn.model)[0], atol=1e-6, rtol=0)
+
+
+def test_tail_probe_does_not_warn():
+    "Looking at the tail in training mode is no training without a mask."
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn = toy_learner(cbs=DropClassCallback())
+        learn.fit(1)
+    assert learn.drop_class.route.startswith('fused')
+
+
+@pytest.mark.parametrize('event', ['after_loss','after_batch','after_pred'])
+def test_inline_callbacks_get_the_prediction(event):
+    "A function given as Callback(event=f) is heeded like a method of a class."
+    seen = []
+    learn = toy_learner(cbs=[DropClassCallback(), Callback(**{event:lambda self: seen.append(self.pred.shape[-2:]) if self.training else None})])
+    learn.fit(1)
+    assert learn.drop_class.route.startswith('stacked') and set(seen)=={(16, 16)}
+
+
+def test_two_classes_and_a_loss_without_pixels():
+    "With two classes a loss that gives one value per class is refused before the first step, too."
+    class PerClass:
+        reduction = 'mean'
+        def __call__(self, logits, target): return (losses := logits.transpose(0, 1).flatten(1).mean(1)) if self.reduction=='none' else losses.mean()
+    cb = DropClassCallback(masked_weights=True)
+    with pytest.raises(ValueError, match='must give one value per pixel'): toy_learner(2, loss_func=PerClass()).fit(1, cbs=cb)
+    assert not cb.rows
+
+
 def test_second_callback_takes_over_the_head():
     "A new callback uses the head that is there, and changes only the options it was given."
     learn = toy_learner()
@@ -597,6 +639,19 @@ def test_keyboard_interrupt(event, training, order, inside):
     with pytest.warns(UserWarning, match='without a keep mask'): learn.fit(1)
     assert learn.recorder.metric_names==['epoch', 'train_loss', 'valid_loss', 'time']
     assert_clean(learn, loss_func)
+
+
+def test_copies_of_an_interrupted_model_are_disarmed(tmp_path):
+    "A copy or an export made right after Ctrl-C, with no prediction in between, answers one row per image."
+    learn = toy_learner(cbs=DropClassCallback(), path=tmp_path)
+    with pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=Interrupt('before_batch', False, 60))
+    x = torch.stack([x for x,_ in learn.dls.valid.dataset])
+    assert get_head(learn.model).keep_mask is not None # Else this shows nothing
+    copied = copy.deepcopy(learn.model)
+    torch.save(learn.model, tmp_path/'model.pt')
+    for model in (copied, torch.load(tmp_path/'model.pt', weights_only=False)):
+        assert get_head(model).keep_mask is None
+        assert model.eval()(x).shape==(len(x), 4, 16, 16)
 
 
 def test_two_callbacks_in_one_fit_are_refused():

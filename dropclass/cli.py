@@ -297,7 +297,7 @@ def audit(
     arch:str=None, # Its architecture: small, torchvision:NAME, timm:NAME, smp:ARCH:ENCODER ...; two with a comma between
     data:Path=None, # Folder with images, masks and classes.txt, or a copy of CamVid; `scenes` generates streets (the run's own)
     classes:Path=None, # File with the class names, one a line (classes.txt of the folder)
-    size:str=None, # Height x width to bring the folder's images to, such as 192x256
+    size:str=None, # Height x width to bring the folder's images to, such as 192x256 (the run's; without one the data set's own)
     test:str='valid', # Test set of a run: valid, or unbiased for scenes
     path_of:str=None, # Path of a run: plain, drop or mean (the one that predicts)
     fill:str='mean', # What erased pixels become: mean, noise, blur or inpaint
@@ -309,7 +309,8 @@ def audit(
 ):
     "Report what a trained network leans on, mixes up and misses."
     with one_line_errors(debug, lambda: "Nothing was written."):
-        from dropclass.audit import audit_files, audit_summary
+        from dropclass.audit import audit_files, audit_summary, check_report
+        if out: check_report(out)
         split = lambda text: [o for o in (text or '').split(',') if o]
         found = audit_files(runs, split(model), split(arch), data, classes, read_size(size), path_of, device, test=test, fill=fill, max_images=max_images, progress=not quiet and sys.stdout.isatty())
         files = found.report(out or Path('audit-'+'-'.join(o.label for o in found.networks)))

@@ -337,6 +337,9 @@ def arm_difference(
     other:str|None=None, # Figure of `first`; None takes the same column
 ) -> pd.Series|None: # `difference`, `low`, `high`, `pairs`, and `seeds` as text; None where no seed has both
     "Compare two arms of a table of runs, seed by seed."
+    for o in (arm, first):
+        seen = rows.seed[rows.arm==o]
+        if seen.duplicated().any(): raise ValueError(f"The table has seed {seen[seen.duplicated()].iloc[0]} of {o} more than once, and pairs would be counted several times: keep one row of each run")
     pick = lambda arm,column: rows[rows.arm==arm].set_index('seed')[[column]].T.set_axis([0]).dropna(axis=1)
     a,b = pick(arm, column),pick(first, other or column)
     common = sorted(set(a)&set(b))
@@ -381,7 +384,7 @@ def describe_arms(
         text = f"{label} has {_signed(mean.difference)} points of mIoU{on_rare} against {first}, over {n} common seed{'s' if n>1 else ''}"
         if n<2: lines.append(text+"; one pair says nothing about chance."); continue
         sure = [name for name,o in (('mIoU',mean), ('the rare classes',rare)) if o.low>0 or o.high<0]
-        lines.append(text+(f"; the interval leaves out 0 for {' and '.join(sure)}." if sure else "; both intervals hold 0, so these seeds do not tell the two apart."))
+        lines.append(text+(f"; the interval leaves out 0 for {' and '.join(sure)}." if sure else f"; {'both intervals hold' if rare.pairs>1 else 'its interval holds'} 0, so these seeds do not tell the two apart."))
     alone = [f"{o} of {label}" for label in df.attrs['labels'] for o in seeds[label] if others and not any(o in seeds[k] for k in (others if label==first else [first]))]
     if alone: lines.append(f"Without a partner, and only in the means: seed {', '.join(alone)}.")
     return '\n'.join(lines)
@@ -530,10 +533,9 @@ def _plan_outputs(files, out, overwrite):
         seen[o.stem] = o
         plan.append((o, out/'masks'/f'{o.stem}.png', out/'overlays'/f'{o.stem}.png'))
     inputs = {o.resolve() for o in files}
-    for o,*targets in plan:
-        for t in targets:
-            if t.resolve() in inputs: raise ValueError(f"{t} is one of the images: choose another folder to write to")
-            if t.exists() and not overwrite: raise FileExistsError(f"{t} exists: choose another folder, or allow to overwrite it")
+    for t in (*(t for _,*targets in plan for t in targets), out/'legend.png'):
+        if t.resolve() in inputs: raise ValueError(f"{t} is one of the images: choose another folder to write to")
+        if t.exists() and not overwrite: raise FileExistsError(f"{t} exists: choose another folder, or allow to overwrite it")
     for o in ('masks','overlays'):
         try:
             (out/o).mkdir(parents=True, exist_ok=True)

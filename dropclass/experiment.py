@@ -192,6 +192,7 @@ def make_data(
     build,sampling = data_function(config.data),sampling_options(config)
     known = [o for f in (build, make_dls, sampling.get('dl_type', TfmdDL).__init__, DataLoader.__init__) for o,p in inspect.signature(f).parameters.items() if p.kind is not p.VAR_KEYWORD and o!='self']
     for o in config.data_options: check_choice(o, known, 'data option') # fastai's loaders take any name
+    if taken := [o for o in ('bs','path','train_ds','valid_ds','spec','dataset','dl_type') if o in config.data_options]: raise ValueError(f"`data_options` cannot hold {taken[0]!r}, which the run sets itself: use the setting of that name, if there is one")
     options = dict(bs=config.bs, **config.data_options, **sampling)
     if config.num_workers: options['num_workers'] = config.num_workers
     if config.size is not None: options['size'] = config.size
@@ -322,7 +323,7 @@ def random_states(
     "Collect the state of every random generator."
     name,keys,*rest = np.random.get_state()
     return dict(python=random.getstate(), numpy=[name, keys.tolist(), *rest], torch=torch.get_rng_state(),
-                cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+                cuda=[torch.cuda.get_rng_state()] if torch.cuda.is_available() else [], # Of the process's own device; another machine may have fewer
                 loaders=[_own(dl).rng.getstate() for dl in dls.loaders] if dls else [])
 
 def _own(dl): return dl.__dict__.get('dl', dl) # The DataLoader itself, where it is split over processes
@@ -337,7 +338,7 @@ def set_random_states(
     name,keys,*rest = states['numpy']
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states['torch'].cpu())
-    if states['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state_all([o.cpu() for o in states['cuda']])
+    if states['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state(states['cuda'][min(torch.cuda.current_device(), len(states['cuda'])-1)].cpu()) # Older checkpoints hold all devices'
     if dls:
         for dl,state in zip(dls.loaders, states['loaders']): _own(dl).rng.setstate(tupled(state))
 
@@ -453,7 +454,7 @@ def clear_unstarted(
     "Delete what a run leaves that ended in its first epoch; there is nothing to resume."
     out = Path(out)
     names = {o.name for o in out.iterdir()} if out.is_dir() else set()
-    if not names or not names<={'config.json','history.csv'}: return False
+    if not names or not {o for o in names if not o.endswith('.part')}<={'config.json','history.csv'}: return False # A part is a file whose writing was cut off
     for o in names: (out/o).unlink()
     if remove and not out.is_symlink() and not out.samefile('.'): out.rmdir()
     return True
@@ -478,6 +479,7 @@ def open_folder(
         old = read_config(out)
         other = [f'{f.name} was {a!r}, is {b!r}' for f in fields(Config) if f.name!='path' and (a := getattr(old, f.name))!=(b := getattr(config, f.name))]
         raise ValueError(f"{out} was started with another configuration ({'; '.join(other) or 'a default has changed since: class weights counted in Eq. (6), so add the option masked_weights=True, or alpha was 10'}): resume with the same one, or start in a new folder")
+    _note_folder(out, config)
     return checkpoint
 
 # %% ../nbs/70_experiment.ipynb #de1946eb
@@ -598,7 +600,15 @@ def _or_nothing(out, made):
 def _is_finished(out, config, resume):
     "Is the run done? A new one needs a folder that is free."
     if not resume: check_unused(out)
-    return resume and (out/'metrics.json').is_file() and read_config(out)==config
+    done = resume and (out/'metrics.json').is_file() and config_hash(read_config(out))==config_hash(config)
+    if done: _note_folder(out, config)
+    return done
+
+def _note_folder(out, config):
+    "Let a run's configuration say where its data lie now."
+    if read_config(out)==config: return
+    saved = json.loads((out/'config.json').read_text())
+    write_json(out/'config.json', {**saved, **asdict(config)})
 
 def _over_ranks(learn, config):
     "Train over all processes, if there are several; accelerate is imported only then."

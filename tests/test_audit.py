@@ -343,6 +343,32 @@ def test_folders(tmp_path):
     dl,spec,counts = open_images(write_toy_camvid(tmp_path/'camvid'), size=(48,64))
     assert len(spec)==len(counts)==11 and len(dl.dataset)==3
 
+def test_images_of_a_folder_are_shown_as_the_run_was_trained(tmp_path):
+    "A run on other images of the same kind: its own size, unless another is given."
+    from dropclass.data_camvid import write_toy_camvid
+    from dropclass.experiment import Config, train_run
+    data = write_toy_camvid(tmp_path/'camvid')
+    run = train_run(Config(data='camvid', path=str(data), method='plain', arch='small', epochs=1, bs=2, size=(48,64)), tmp_path/'run', progress=False, write=lambda o: None)
+    own,other,given = (audit_files([run.folder], progress=False, **o) for o in ({}, {'data':data}, {'data':data, 'size':(96,128)}))
+    assert own.sizes==other.sizes and given.sizes!=own.sizes
+    assert own.to_dict()['networks'][0]['miou']==other.to_dict()['networks'][0]['miou']
+
+def test_two_networks_are_compared_on_classes_that_occur():
+    "One stray pixel of a class that is in no image neither puts a network behind nor counts as a class."
+    labels = torch.zeros(1, 16, 16, dtype=torch.long)
+    labels[:,8:] = 1
+    class Fixed(ToyNet):
+        "Says the labels, and perhaps one stray pixel of the last class."
+        def __init__(self, stray): super().__init__(3); self.stray = stray
+        def forward(self, x):
+            said = labels.clone()
+            if self.stray: said[0,0,0] = 2
+            return 9*torch.nn.functional.one_hot(said, 3).movedim(-1, 1).float().repeat(len(x), 1, 1, 1)+0*super().forward(x).mean()
+    found = audit(Fixed(False), [(torch.rand(1, 3, 16, 16), labels)], ['road','car','boat'], other=Fixed(True), labels=('A','B'), progress=False)
+    said = found.to_dict()
+    assert said['means'][0]['classes']==2 and abs(said['means'][0]['difference'])<1 and abs(said['networks'][1]['miou']-said['means'][0]['iou'][1])<1e-9
+    assert 'B is 0.4 points of mIoU behind A' in ' '.join(said['summary'])
+
 def test_run_and_weights_side_by_side(runs):
     found = audit_files([runs/'plain'], [runs/'dropclass'/'weights.safetensors'], ['small'], progress=False)
     assert [o.label for o in found.networks]==['plain','weights'] and found.images==6

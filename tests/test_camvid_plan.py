@@ -116,6 +116,30 @@ def test_rows_of_code_with_the_same_numbers_are_welcome(home, tmp_path):
     assert many.returncode==1 and 'ended after 3 epochs' in many.stderr
 
 
+def test_a_run_stays_what_began_it(home, tmp_path):
+    "Neither other code nor other settings go on with a run, whatever table they write to; code with the same numbers does, and the row names who began."
+    plan,out = script.read_plan(str(home/'toy.json')),tmp_path/'plain-s0'
+    mine = script.begun(plan, 'plain', 0, out, 'first00000', 'a'*12, set())
+    out.mkdir()
+    assert script.begun(plan, 'plain', 0, out, 'second0000', 'b'*12, {'a'*12})==mine and mine['commit']=='first00000'
+    with pytest.raises(SystemExit, match='code of commit first00000'): script.begun(plan, 'plain', 0, out, 'second0000', 'b'*12, set())
+    plan['shared'] = {**plan['shared'], 'lr':.5}
+    with pytest.raises(SystemExit, match='other settings than the plan'): script.begun(plan, 'plain', 0, out, 'first00000', 'a'*12, set())
+    out.rmdir() # Deleted, so begun anew
+    assert script.begun(plan, 'plain', 0, out, 'first00000', 'a'*12, set())['options']['lr']==.5
+
+
+def test_one_process_and_one_row_for_each_run(home, tmp_path):
+    with script.alone(home/'runs'/'toy'):
+        result = go(home)
+        assert result.returncode==1 and 'Another process makes runs' in result.stderr
+    assert go(home).returncode==0
+    table = tmp_path/'toy.csv'
+    script.add_row(table, rows(home)[0])
+    with pytest.raises(SystemExit, match='already'): script.add_row(table, rows(home)[0])
+    assert len(script.read_rows(table))==1
+
+
 @pytest.mark.parametrize('table', [o for o in sorted((ROOT/'results').glob('*/*.csv')) if o.with_suffix('').is_dir()], ids=lambda o: f'{o.parent.name}/{o.name}')
 def test_stored_rows_share_a_table_only_where_they_may(table):
     rows = script.read_rows(table)

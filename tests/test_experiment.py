@@ -203,3 +203,14 @@ def test_comparisons_know_the_defaults_that_old_runs_did_not_write():
     base = Config()
     later = {o.name for o in fields(Config)}-set(json.loads(RESULTS[0].read_text()))
     assert {k:getattr(base, k) for k in later}=={k:v for k,v in _LATER.items() if k!='processes'}
+
+
+def test_random_states_come_back_on_a_machine_with_fewer_gpus(monkeypatch):
+    "A checkpoint of an older version holds the state of every GPU that its machine had."
+    seen = []
+    for name,value in dict(is_available=lambda: True, current_device=lambda: 0, get_rng_state=lambda: torch.tensor([7]), set_rng_state=seen.append,
+                           set_rng_state_all=lambda o: pytest.fail('the state of GPUs that may not be there')).items(): monkeypatch.setattr(torch.cuda, name, value)
+    states = random_states()
+    assert [o.tolist() for o in states['cuda']]==[[7]]
+    for found in (states['cuda'], [torch.tensor([7]), torch.tensor([8])]): set_random_states({**states, 'cuda':found})
+    assert [o.tolist() for o in seen]==[[7], [7]]

@@ -97,7 +97,9 @@ def check_code(rows, code, same=()):
 
 def add_row(table, row):
     "Append a row; the file is whole at any time."
-    rows = [*read_rows(table), row]
+    rows = read_rows(table)
+    if any((o['arm'], int(o['seed']))==(row['arm'], int(row['seed'])) for o in rows): raise SystemExit(f"{table} has a row of {row['arm']} seed {row['seed']} already: another process has added it, so this one is left out")
+    rows.append(row)
     table.parent.mkdir(parents=True, exist_ok=True)
     temp = table.with_name(f'.{table.name}.part')
     extra = dict.fromkeys(k for o in rows for k in o if k not in COLUMNS)
@@ -173,10 +175,36 @@ def keep(results, plan, arm, seed, folder, commit, code):
     add_row(results/f"{plan['name']}.csv", row)
     return row
 
+@contextlib.contextmanager
+def alone(folder):
+    "Hold a folder of runs against a second process; the system lets go of it however this one ends."
+    try: import fcntl
+    except ImportError: # Not on Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder/'.lock', 'w') as f:
+        try: fcntl.flock(f, fcntl.LOCK_EX|fcntl.LOCK_NB)
+        except OSError: raise SystemExit(f"Another process makes runs in {folder}: wait for its end, or give another --runs") from None
+        yield
+
+def begun(plan, arm, seed, out, commit, code, same):
+    "What made a run: noted beside its folder when it begins; one that other code or settings have begun is not gone on with."
+    path,mine = out.with_suffix('.json'),json.loads(json.dumps(dict(commit=commit, code=code, options=run_options(plan, arm, seed))))
+    if out.is_dir() and path.is_file():
+        found = json.loads(path.read_text())
+        other = f'the code of commit {found["commit"]}' if found['code'] not in {code, *same} else 'other settings than the plan has now' if found['options']!=mine['options'] else None
+        if other: raise SystemExit(f"{out} was begun with {other}: go on with those, delete the folder, or give another --runs")
+        return found
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(mine, indent=1)+'\n')
+    return mine
+
 def run_all(args, plan):
     "Work through the plan until it is done or the time is over."
     table,commit,code = args.results/f"{plan['name']}.csv",commit_of(),code_hash(data=plan['shared']['data'])
-    check_code(read_rows(table), code, same_codes(args.results, code))
+    same = same_codes(args.results, code)
+    check_code(read_rows(table), code, same)
     done = {(o['arm'], int(o['seed'])) for o in read_rows(table)}
     todo = [o for o in plan['runs'] if o not in done and (not args.arms or o[0] in args.arms)]
     end,running,failed = time.monotonic()+60*args.minutes if args.minutes else float('inf'),{},[]
@@ -189,22 +217,23 @@ def run_all(args, plan):
             while todo and len(running)<args.jobs:
                 arm,seed = todo.pop(0)
                 out = args.runs/plan['name']/f'{arm}-s{seed}'
-                running[arm,seed] = out,None if (out/'done').is_file() else start(args, plan, arm, seed, out)
+                by = begun(plan, arm, seed, out, commit, code, same)
+                running[arm,seed] = out,by,None if (out/'done').is_file() else start(args, plan, arm, seed, out)
                 print(f"start  {arm} seed {seed}", flush=True)
-            for (arm,seed),(out,process) in list(running.items()):
+            for (arm,seed),(out,by,process) in list(running.items()):
                 if process and process.poll() is None: continue
                 del running[arm,seed]
                 if process and process.returncode:
                     failed.append((arm, seed))
                     print(f"failed {arm} seed {seed}: see {out.with_suffix('.log')}", flush=True)
                     continue
-                row = keep(args.results, plan, arm, seed, out, commit, code)
+                row = keep(args.results, plan, arm, seed, out, by['commit'], by['code'])
                 print(f"done   {arm} seed {seed}: mIoU {row['miou_'+row['path']]} rare {row['rare_'+row['path']]} in {row['seconds']:.0f} s", flush=True)
             time.sleep(args.poll)
     finally:
-        for _,process in running.values():
+        for *_,process in running.values():
             if process and process.poll() is None: process.terminate()
-        for _,process in running.values():
+        for *_,process in running.values():
             if process: process.wait()
     if todo or running: print(f"Time is over: {len(todo)+len(running)} runs are left; the same command goes on, running ones from their last epoch", flush=True)
     if failed: raise SystemExit(1)
@@ -271,6 +300,6 @@ def main():
     if args.same: return show_same(args, plan)
     for o in (signal.SIGTERM, signal.SIGHUP):
         with contextlib.suppress(ValueError): signal.signal(o, lambda *_: sys.exit(143))
-    run_all(args, plan)
+    with alone(args.runs/plan['name']): run_all(args, plan)
 
 if __name__=='__main__': main()

@@ -439,6 +439,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                'dropclass.cli.train_command': ('cli.html#train_command', 'dropclass/cli.py'),
                                'dropclass.cli.train_side_by_side': ('cli.html#train_side_by_side', 'dropclass/cli.py')},
             'dropclass.compare': { 'dropclass.compare.RunFiles': ('compare.html#runfiles', 'dropclass/compare.py'),
+                                   'dropclass.compare._also_different': ('compare.html#_also_different', 'dropclass/compare.py'),
                                    'dropclass.compare._as_list': ('compare.html#_as_list', 'dropclass/compare.py'),
                                    'dropclass.compare._class_rows': ('compare.html#_class_rows', 'dropclass/compare.py'),
                                    'dropclass.compare._difference_bars': ('compare.html#_difference_bars', 'dropclass/compare.py'),

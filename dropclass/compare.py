@@ -61,13 +61,15 @@ def _setting(config, k):
     if isinstance(value, dict): return ''.join(f' {a} x{b}' if k=='resample' else f' {a}={b}' for a,b in value.items())
     return f' {k}={value}'
 
+_NAMING = ('weights','loss','resample','sampling','arch','dropclass','seed','epochs','lr','size','bs') # Settings that may go into a name, in this order
+
 def run_labels(
     runs, # Several `RunFiles`
 ) -> list: # One short name per run, all different
     "Name runs by what sets them apart."
     configs = [o.config for o in runs]
     labels = [str(o.get('method', 'run')) for o in configs]
-    for k in ('weights','loss','resample','sampling','arch','dropclass','seed','epochs','lr','size','bs'):
+    for k in _NAMING:
         if len(set(labels))==len(labels): return labels
         parts = [_setting(o, k) for o in configs]
         if len(set(parts))>1: labels = [l+p for l,p in zip(labels, parts)]
@@ -215,8 +217,17 @@ def show_comparison(
         return df
     df = comparison(runs, test, path)
     print(format_comparison(df))
-    for label in df.attrs['labels'][1:]: print('\n'+describe_comparison(df, label))
+    for label,also in zip(df.attrs['labels'][1:], _also_different([read_run(o) for o in runs], df.attrs['labels'])): print('\n'+describe_comparison(df, label)+also)
     return df
+
+def _also_different(runs, labels):
+    "For each run but the first: in what it differs from the first besides what its name says, as a sentence."
+    (first,*others),texts = [{**_LATER, **o.config} for o in runs],[]
+    for config,label in zip(others, labels[1:]):
+        named = lambda k: any((part := _setting(o, k)) and part in l for o,l in ((first, labels[0]), (config, label)))
+        other = [f'{k} ({first.get(k)}, {config.get(k)})' for k in _NAMING if k!='dropclass' and first.get(k)!=config.get(k) and not named(k)]
+        texts.append(f" They also differ in {', '.join(other)}." if other else '')
+    return texts
 
 # %% ../nbs/71_compare.ipynb #d5a89e30
 RUN_COLORS = ('#a9b4bf','#1f6f8b','#e0a030','#7a5195','#4c956c','#b5654a') # Bars of the runs, in order

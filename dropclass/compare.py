@@ -53,6 +53,7 @@ def read_run(
 
 # %% ../nbs/71_compare.ipynb #12aa5fad
 _USUAL = {'weights':'none', 'loss':'ce', 'resample':{}, 'sampling':'uniform', 'dropclass':{}} # Not worth a word in a name
+_LATER = dict(loss='ce', loss_options={}, resample={}, sampling='uniform', temperature=.01, sync_bn=True, valid_every=1, processes=1) # What runs of older versions did not write
 
 def _setting(config, k):
     "One setting as a part of a name, with a blank before it; nothing if it is the usual one."
@@ -309,7 +310,6 @@ def save_comparison(
 
 # %% ../nbs/71_compare.ipynb #0c1fd57e
 _NO_ARM = ('seed','path','hash','versions','format','threads','num_workers') # What may differ within an arm
-_LATER = dict(loss='ce', loss_options={}, resample={}, sampling='uniform', temperature=.01, sync_bn=True, valid_every=1, processes=1) # What runs of older versions did not write
 
 def group_arms(
     runs, # Several `RunFiles`

@@ -36,12 +36,14 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def _conv_kind(module): return next((o for o in _CONVS if isinstance(module, o)), None)
 def _conv_of(dims): return list(_CONVS)[dims-1]
 
+# %% ../nbs/20_head.ipynb #b025d248
 def has_kernel(
     layer:nn.Module, # A classifier
 ) -> bool: # May its importance be read off its weight?
     "Tell whether a layer slides one kernel over every position and mixes all channels."
     return isinstance(layer, nn.Linear) or (_conv_kind(layer) is not None and set(layer.stride)=={1} and layer.groups==1)
 
+# %% ../nbs/20_head.ipynb #c3507ab4
 def kernel_of(
     layer:nn.Module, # A layer that `has_kernel`
 ) -> Tensor: # Its weight (C,K,...), as the next forward will use it
@@ -216,6 +218,7 @@ def predicts(self:DropClassHead) -> str: # 'plain', 'drop' or 'mean'
     if not torch.compiler.is_compiling(): self.read_flag()
     return 'drop' if self._drop_trained else 'plain'
 
+# %% ../nbs/20_head.ipynb #58ce4335
 @patch
 def read_flag(self:DropClassHead):
     "Follow the buffer `drop_trained` where something else than this class wrote into it, an average of weights say; looks at its values only if they changed."
@@ -236,6 +239,7 @@ def train(self:DropClassHead,
         self.read_flag()
     return nn.Module.train(self, mode)
 
+# %% ../nbs/20_head.ipynb #bae98a63
 @patch(as_prop=True)
 def armed(self:DropClassHead) -> bool: # Will the next forward return both paths?
     "Tell whether a mask is armed; in evaluation mode it counts only if both paths were asked for."
@@ -249,20 +253,23 @@ def warn_unarmed(self:DropClassHead):
     warnings.warn("A model with a DropClassHead trains without a keep mask, so its drop path learns nothing: fit with `cbs=DropClassCallback()`, "
                   "use `head.dropping(keep_mask)` in your own loop, or `remove_dropclass(model)`")
 
-@patch
-def keep_small(self:DropClassHead,
-    logits:Tensor|None, # Logits of the plain path (N,C,h1,w1); None if it does not run
-    drop_logits:Tensor|None, # Logits of the drop path (N,C,h1,w1); None if it does not run
-) -> Tensor: # One channel (N,1,h1,w1) that stands for both on the way through the tail
-    "Keep the logits for a loss that takes them small, and spare the tail all channels but one."
-    self.small = logits,drop_logits
-    first,*other = [o[:,:1] for o in (logits, drop_logits) if o is not None]
-    return first+0*other[0] if other else first # Both in the graph, so that no distributed wrapper takes a path for unused
-
+# %% ../nbs/20_head.ipynb #67b608b5
 @patch
 def idle(self:DropClassHead) -> Tensor: # Scalar 0, whose gradient is 0 for every weight of the block
     "Keep the block's weights in the graph of a step that does not use them."
     return 0*sum(o.sum() for o in self.compensation.parameters())
+
+@patch
+def answer_armed(self:DropClassHead,
+    features:Tensor, # Features (N,K,h1,w1)
+) -> Tensor: # Logits of both paths stacked (2N,C,h1,w1), or of the one that is wanted (N,C,h1,w1)
+    "Run the paths that this step needs."
+    self.answered,path = True,self.one_path or self.only
+    logits = None if path=='drop' else self.classify(features)
+    drop_logits = None if path=='plain' else self.drop_logits(features, self.keep_mask)
+    if self.only=='plain': logits = logits+self.idle()
+    if self.small_only: return self.keep_small(logits, drop_logits)
+    return torch.cat([logits, drop_logits]) if path is None else drop_logits if logits is None else logits
 
 # %% ../nbs/20_head.ipynb #d57aeb9f
 @patch
@@ -279,18 +286,7 @@ def answer(self:DropClassHead,
     drop_logits = self.drop_logits(features)
     return drop_logits if path=='drop' else (self.classify(features)+drop_logits)/2
 
-@patch
-def answer_armed(self:DropClassHead,
-    features:Tensor, # Features (N,K,h1,w1)
-) -> Tensor: # Logits of both paths stacked (2N,C,h1,w1), or of the one that is wanted (N,C,h1,w1)
-    "Run the paths that this step needs."
-    self.answered,path = True,self.one_path or self.only
-    logits = None if path=='drop' else self.classify(features)
-    drop_logits = None if path=='plain' else self.drop_logits(features, self.keep_mask)
-    if self.only=='plain': logits = logits+self.idle()
-    if self.small_only: return self.keep_small(logits, drop_logits)
-    return torch.cat([logits, drop_logits]) if path is None else drop_logits if logits is None else logits
-
+# %% ../nbs/20_head.ipynb #161e5957
 @patch
 def forward(self:DropClassHead,
     features:Tensor, # Features (N,K,h1,w1); channels last if the classifier is linear
@@ -330,6 +326,17 @@ def mark_trained(self:DropClassHead,
     self.drop_trained.fill_(float(trained))
     self._drop_trained = trained
     if not self.drop_trained.is_inference(): self._flag_seen = id(self.drop_trained),self.drop_trained._version
+
+# %% ../nbs/20_head.ipynb #be5c4ae0
+@patch
+def keep_small(self:DropClassHead,
+    logits:Tensor|None, # Logits of the plain path (N,C,h1,w1); None if it does not run
+    drop_logits:Tensor|None, # Logits of the drop path (N,C,h1,w1); None if it does not run
+) -> Tensor: # One channel (N,1,h1,w1) that stands for both on the way through the tail
+    "Keep the logits for a loss that takes them small, and spare the tail all channels but one."
+    self.small = logits,drop_logits
+    first,*other = [o[:,:1] for o in (logits, drop_logits) if o is not None]
+    return first+0*other[0] if other else first # Both in the graph, so that no distributed wrapper takes a path for unused
 
 # %% ../nbs/20_head.ipynb #997a202e
 def split_paths(
@@ -389,6 +396,7 @@ def make_probe(
     images = torch.randn(2, first.in_channels, *[size]*len(first.kernel_size), generator=torch.Generator().manual_seed(0))
     return images.to(first.weight)
 
+# %% ../nbs/20_head.ipynb #869ef833
 probe_sizes = (64, 32, 128, 224, 256, 384, 512, 640) # Some networks take one size only
 def _fitting_size(model):
     "The first size whose forward pass works."
@@ -401,6 +409,7 @@ def _fitting_size(model):
     raise ValueError(f"No square image of {', '.join(map(str, probe_sizes))} pixels goes through {type(model).__name__} "
         f"({type(last).__name__}: {str(last)[:100]}): pass `probe`, a batch of two images (or a tuple of the model's inputs)")
 
+# %% ../nbs/20_head.ipynb #b5eb78e7
 def _run(model, probe):
     "Run the model on a probe, and look at what its parts return."
     handle = register_module_forward_hook(lambda m,args,out: check_dense(out))
@@ -426,6 +435,7 @@ def _record(model, probe, names, nudge=None):
     finally:
         for o in handles: o.remove()
 
+# %% ../nbs/20_head.ipynb #e090ea00
 def _candidates(model, probe, num_classes, most=8):
     "Names of the convolutions with C outputs that ran last, of all layers that end in C channels, and C."
     order,mods = {},dict(model.named_modules())
@@ -465,6 +475,7 @@ def _fed(feeds):
     finally:
         for o in handles: o.remove()
 
+# %% ../nbs/20_head.ipynb #4d293f4a
 def _add_up(model, probe, names, out):
     "Is the prediction the same when the last of these convolutions returns the sum of all?"
     layers = [model.get_submodule(n) for n in names]
@@ -549,6 +560,7 @@ def _spied(model, names):
         with _fed(spy.feeds), eval_mode(model): yield spy
     finally: _swap(model, names[-1], classifier)
 
+# %% ../nbs/20_head.ipynb #5e4c2a04
 def _run_spied(model, spy, probe):
     "Main output, and the modules that ran behind the spy with what they returned."
     late,behind = set(),[]
@@ -578,6 +590,7 @@ def _is_uniform(grad, weights):
     maps = grad/weights.view(-1, *[1]*(grad.dim()-2))
     return _alike(maps, maps[:1,:1].expand_as(maps))
 
+# %% ../nbs/20_head.ipynb #772bd1fa
 def _on_the_way(score, logits, behind):
     "The modules between the logits and the prediction; auxiliary heads are not."
     ways = [(m, o) for m,o in behind if o.requires_grad and o.is_floating_point() and _grad(score, o) is not None]
@@ -600,6 +613,7 @@ def _parameters_behind(score, logits):
     slope = torch.autograd.grad(score, logits, create_graph=True)[0]
     return slope.grad_fn is not None and any(id(o) not in before for o in _leaves(slope.grad_fn, logits.grad_fn))
 
+# %% ../nbs/20_head.ipynb #72ce6222
 _POSITIVE = ('Relu','Sigmoid','Softmax','Softplus','Hardsigmoid','Exp','Abs')
 _KEEPS_SIGN = ('Upsample','AvgPool','AdaptiveAvgPool','MaxPool','Max','Cat','Stack','View','UnsafeView','Reshape','ReshapeAlias','Permute','Transpose','T','Slice','Split','SplitWithSizes','Select',
     'Index','Expand','Alias','Clone','ToCopy','Unsqueeze','Squeeze','PixelShuffle','PixelUnshuffle','ReflectionPad','ReplicationPad','NativeDropout','Mul','Add','Mean','Sum','Unbind','Contiguous')
@@ -616,6 +630,7 @@ def _never_negative(node, known=None):
         else: known[node] = kind in _POSITIVE or kind in _KEEPS_SIGN and len(before)>0 and all(_never_negative(o, known) for o in before)
     return known[node]
 
+# %% ../nbs/20_head.ipynb #d9e654e6
 def _describe(tail, out_size, size, residual):
     "What follows a classifier, in words."
     leaves = [type(m).__name__ for m in tail if not list(m.children()) and not isinstance(m, (nn.Identity,nn.Upsample))]
@@ -634,25 +649,6 @@ class ClassifierFacts:
     stacks: bool # May the plain and the drop logits go through the tail as one batch?
     form: str # 'closed form' or 'autograd'
     follows: str # What follows the classifier, in words
-
-def inspect_classifier(
-    model:nn.Module, # A segmentation network; the same afterwards
-    classifier:str|tuple|None=None, # Name of the classifier layer, or of several whose scores are added; None finds it
-    num_classes:int|None=None, # Number of classes, C; None reads it off the main output
-    probe:Tensor|None=None, # Batch of two images; None draws one that fits the first convolution
-) -> ClassifierFacts: # What it is like
-    "Look at the classifier of a network and at what follows it."
-    probe = make_probe(model) if probe is None else probe
-    names = find_classifier(model, num_classes, probe) if classifier is None else classifier
-    names = (names,) if isinstance(names, str) else tuple(names)
-    with _spied(model, names) as spy:
-        with torch.enable_grad(): tail = _tail_facts(model, names, spy, probe)
-        norms = any(isinstance(m, _BatchNorm) for m in tail.pop('tail'))
-        stacks = not norms and _tail_stacks(model, spy, probe)
-    found = tail['num_classes']
-    if num_classes not in (None, found):
-        raise ValueError(f"`num_classes` is {num_classes}, but the model predicts {found} classes: build the model with {num_classes}, or give the number it has")
-    return ClassifierFacts(names=names, dims=spy.features.dim()-2, stacks=stacks, **tail)
 
 # %% ../nbs/20_head.ipynb #dda5d02f
 def _tail_facts(model, names, spy, probe):
@@ -679,6 +675,7 @@ def _tail_facts(model, names, spy, probe):
     return dict(channels=channels, num_classes=out.shape[1], signed=signed, form='closed form' if closed else 'autograd',
                 follows=_describe(tail, tuple(out.shape[2:]), tuple(size), residual), tail=tail)
 
+# %% ../nbs/20_head.ipynb #b040c6e6
 def _tail_stacks(model, spy, probe):
     "Does the network return its prediction twice when the logits are stacked on themselves?"
     with torch.no_grad():
@@ -686,6 +683,26 @@ def _tail_stacks(model, spy, probe):
         try: twice = main_output(_run(model, probe))
         except (RuntimeError, ValueError): return False
     return twice.shape[0]==2*out.shape[0] and torch.allclose(twice, torch.cat([out, out]), rtol=1e-4, atol=1e-5)
+
+# %% ../nbs/20_head.ipynb #d77fdd42
+def inspect_classifier(
+    model:nn.Module, # A segmentation network; the same afterwards
+    classifier:str|tuple|None=None, # Name of the classifier layer, or of several whose scores are added; None finds it
+    num_classes:int|None=None, # Number of classes, C; None reads it off the main output
+    probe:Tensor|None=None, # Batch of two images; None draws one that fits the first convolution
+) -> ClassifierFacts: # What it is like
+    "Look at the classifier of a network and at what follows it."
+    probe = make_probe(model) if probe is None else probe
+    names = find_classifier(model, num_classes, probe) if classifier is None else classifier
+    names = (names,) if isinstance(names, str) else tuple(names)
+    with _spied(model, names) as spy:
+        with torch.enable_grad(): tail = _tail_facts(model, names, spy, probe)
+        norms = any(isinstance(m, _BatchNorm) for m in tail.pop('tail'))
+        stacks = not norms and _tail_stacks(model, spy, probe)
+    found = tail['num_classes']
+    if num_classes not in (None, found):
+        raise ValueError(f"`num_classes` is {num_classes}, but the model predicts {found} classes: build the model with {num_classes}, or give the number it has")
+    return ClassifierFacts(names=names, dims=spy.features.dim()-2, stacks=stacks, **tail)
 
 # %% ../nbs/20_head.ipynb #890b6044
 def add_dropclass(
@@ -709,6 +726,7 @@ def add_dropclass(
     if not facts.stacks or head.form=='autograd': _keep_tail(model, head, probe, twice=not facts.stacks)
     return head
 
+# %% ../nbs/20_head.ipynb #4f38c818
 def _take_out(model, make):
     "Put what `make` makes of the head in its place."
     name,head = next(((n,m) for n,m in model.named_modules() if isinstance(m, DropClassHead)), (None,None))
@@ -751,6 +769,7 @@ def _modules_before(model, head, probe):
     inner = {c for m in done for c in m.modules() if c is not m}
     return [m for m in dict.fromkeys(done) if m not in inner]
 
+# %% ../nbs/20_head.ipynb #a9179e3b
 class _Replay:
     "Records the outputs of modules in one forward and gives them back in the next."
     def __init__(self, modules): self.modules,self.outputs,self.on = modules,{},False
@@ -785,6 +804,7 @@ def _stack_outputs(plain, drop):
     if isinstance(plain, (tuple,list)): return _like(plain, (_stack_outputs(a, b) for a,b in zip(plain, drop)))
     raise TypeError(f"The model returns {type(plain).__name__}, whose two paths cannot be stacked: let it return a tensor, or a dict, tuple or list of tensors")
 
+# %% ../nbs/20_head.ipynb #b4d10841
 class _Tail:
     "Hooks of the root model that let its head run what follows it again."
     def __init__(self, head, modules, twice): self.head,self.replay,self.twice,self.call = head,_Replay(modules),twice,None
@@ -816,6 +836,7 @@ class _Tail:
             with eval_mode(self.call[0]): return main_output(self.again(features, x))
         finally: self.head.leaf = None
 
+# %% ../nbs/20_head.ipynb #5af04edb
 def _keep_tail(model, head, probe, twice):
     "Arrange that the head can run what follows it in `model` again."
     head.tail = tail = _Tail(head, _modules_before(model, head, probe), twice)
@@ -834,6 +855,7 @@ def _plain_layer(classifier, weight, bias=None, tapped=False):
         if bias is not None: layer.bias.copy_(bias)
     return layer
 
+# %% ../nbs/20_head.ipynb #4da6f131
 @patch
 def folded_block(self:DropClassHead) -> tuple: # Weight (K,K) for A+, weight (K,K) for A-, bias (K,)
     "Fold the scale of all classes kept, and the BatchNorm, into the block's convolution."
@@ -864,6 +886,7 @@ def fold(self:DropClassHead) -> nn.Module: # The classifier, or `nn.Sequential` 
             layer = _plain_layer(layer, torch.cat([s*half for s in signs]+[half], 1), layer.bias, tapped=True)
     return nn.Sequential(*layers, _plain_layer(self.classifier, mix, bias), nn.ReLU(), layer).train(self.training)
 
+# %% ../nbs/20_head.ipynb #441060bc
 def fold_dropclass(
     model:nn.Module, # A model with a head; changed in place
 ) -> nn.Module: # The same model with plain layers in the head's place

@@ -69,6 +69,7 @@ def fit_names(
     best = max(tries, key=lambda o: len(own & set(o)))
     return {k:v for k,v in best.items() if k in own or not re.search(r'(^|\.)aux', k)}
 
+# %% ../nbs/65_audit.ipynb #40a4bbad
 def _head_options(file):
     "Options of a DropClass head: from its weights file, else from the run's folder that it lies in."
     if Path(file).suffix=='.safetensors':
@@ -80,6 +81,7 @@ def _head_options(file):
     warnings.warn(f"{Path(file).name} does not say how its DropClass head was set up (scale, average, ...), so it gets the default options: audit the run's folder if there is one")
     return {}
 
+# %% ../nbs/65_audit.ipynb #1dbb14fc
 def load_network(
     file:str|Path, # Weights: .safetensors, or .pth / .pt written by `torch.save`
     arch:str, # The network, see `build_network`
@@ -128,6 +130,7 @@ def open_images(
     else: return *_open_folder(path, names, **{'size':None, **options}, fit=fit, label_map=label_map),None
     return dls.unbiased if test=='unbiased' else dls.valid,dls.spec,class_counts(dls.train.dataset)
 
+# %% ../nbs/65_audit.ipynb #69bdd1d6
 def _open_folder(path, names, bs, size, fit, label_map, **options):
     "DataLoader and classes of a folder with images, masks and class names."
     from dropclass.data_core import FittedItems, SegmentationItems, listed_images, make_dls, pair_files, read_lines
@@ -152,6 +155,7 @@ class NetworkAudit:
     @property
     def iou(self): return class_iou(self.context.confusion)
 
+# %% ../nbs/65_audit.ipynb #b1b05ab9
 def describe_network(
     subject:Subject, # What `open_model` gave
 ) -> str: # A line
@@ -164,6 +168,7 @@ def describe_network(
     head = get_head(net)
     return what+(f"; DropClass head, answers by the {head.predicts} path" if head else '')
 
+# %% ../nbs/65_audit.ipynb #400bcad4
 def measure_network(
     subject:Subject, # What `open_model` gave
     data, # Batches of images and labels
@@ -452,6 +457,7 @@ def _class_rows(audit):
         rows.append(row)
     return rows
 
+# %% ../nbs/65_audit.ipynb #0a19010a
 def _mean_falls(co, k):
     "Mean fall, in points, per class that occurs, over its k most influential classes."
     fall = 100*co.fall()
@@ -507,6 +513,7 @@ def audit_summary(
         lines.append(f"{b.label} {ahead}, better on {sum(o>=.05 for o in steps)} and worse on {sum(o<=-.05 for o in steps)} of {len(steps)} classes.")
     return [o[0].upper()+o[1:] if len(audit.networks)==1 else o for o in lines]
 
+# %% ../nbs/65_audit.ipynb #e048369a
 def audit_limits(
     audit:Audit, # The measurements
 ) -> list: # Sentences
@@ -633,6 +640,7 @@ def _advice_groups(advice, labels, most=6):
     for o in advice: groups.setdefault(o['kind'], []).append({**o, 'at':labels.index(o['network'])})
     return [{'kind':k, 'title':_TITLES[k], 'try':_TRY[k], 'found':o[:most], 'left_out':max(0, len(o)-most)} for k,o in sorted(groups.items(), key=lambda o: list(_TITLES).index(o[0]))]
 
+# %% ../nbs/65_audit.ipynb #ff9ce155
 def _sum_rows(networks, names, order):
     "Table 5: for each measure the networks that have weight vectors, and the difference of two."
     have = [o for o in networks if o['entanglement']]
@@ -643,6 +651,7 @@ def _sum_rows(networks, names, order):
     head = [o['label'] for o in have]+['difference']*(len(have)==2)
     return dict(sum_head=head, sum_heads=['class',*(f'{m}, {o}' if len(head)>1 else m for m in MEASURES for o in head)], sum_rows=rows if have else [])
 
+# %% ../nbs/65_audit.ipynb #4c3694bf
 def _markdown_rows(a):
     "Heads and rows of the Markdown tables."
     labels = [o['label'] for o in a['networks']]
@@ -723,6 +732,7 @@ def _shown_to(run):
     own = {k:o for k in ('stats','fit','label_map') if (o := config.data_options.get(k)) is not None}
     return dict(size=_trained_size(config), **{'fit':config.data in ON_CANVAS, **own})
 
+# %% ../nbs/65_audit.ipynb #589d7f07
 def audit_files(
     runs=(), # Run folders
     weights=(), # Weights files of other networks; at most two networks in all

@@ -187,6 +187,7 @@ def check_loss(self:DropClassCallback):
     size = (1, 2*C+1) # As many pixels as no count of classes or images
     per_pixel_loss(torch.zeros(1, C, *size, device=where), torch.zeros(1, *size, **pixels), torch.ones(1, *size, **pixels).bool(), self.loss_func)
 
+# %% ../nbs/30_callback.ipynb #696141e3
 @patch
 def before_fit(self:DropClassCallback):
     "Make head, optimizer, checks and columns ready."
@@ -204,6 +205,7 @@ def before_fit(self:DropClassCallback):
     self.fitting,self.begun,self.valid_sums,self.routes = True,False,[0., 0., 0.],{}
     self.add_columns()
 
+# %% ../nbs/30_callback.ipynb #3b0372dd
 @patch
 def before_train(self:DropClassCallback):
     "Start a new history with the first epoch, which only a fit has."
@@ -233,6 +235,7 @@ def sample_mask(self:DropClassCallback,
         weights = sum_over_ranks(torch.bincount(found, minlength=C)).clamp(max=1).cpu() # In anyone's part of the batch
     return sample_keep_mask(C, drop_prob, generator, labels, weights)
 
+# %% ../nbs/30_callback.ipynb #b0ca7a8e
 @patch
 def step_state(self:DropClassCallback) -> dict: # Numbers of this step
     "Work out the step, the schedules' values and the mask; all are functions of the seed and the position in the fit."
@@ -247,6 +250,7 @@ def step_state(self:DropClassCallback) -> dict: # Numbers of this step
     self.drop_head.shuffle = torch.randperm(self.drop_head.compensation[0].in_channels, generator=generator) if shuffles else None
     return dict(step=step, epoch=self.epoch, lam=lam, drop_prob=drop_prob, dropped_class=z, path=self.step_paths.path)
 
+# %% ../nbs/30_callback.ipynb #57876ab8
 @patch
 def before_batch(self:DropClassCallback):
     "Arm the head: with this step's mask in training, with all classes kept in validation."
@@ -277,6 +281,7 @@ def after_pred(self:DropClassCallback):
     if self.training: self.learn.pred = logits
     else: self.compare_paths(logits)
 
+# %% ../nbs/30_callback.ipynb #e30258d5
 @patch(as_prop=True)
 def has_labels(self:DropClassCallback) -> bool: # Is any pixel of the batch not void?
     "Look for a labelled pixel."
@@ -339,6 +344,7 @@ def measure_tail(self:DropClassCallback): # Options of the resize as a dict, or 
     if out.requires_grad: return 'the tail learns'
     return resize if find_resize(seen[0], out)==resize else 'the tail needs all channels, or is another one in training'
 
+# %% ../nbs/30_callback.ipynb #db775d51
 @patch
 def run_tail(self:DropClassCallback,
     channels:int|None=None, # Channels that the head returns; None is all C
@@ -465,6 +471,7 @@ def remove_columns(self:DropClassCallback):
     "Take the columns out of the Learner's metrics."
     self.learn.metrics = [o for o in self.learn.metrics if not getattr(o, 'of_dropclass', False)]
 
+# %% ../nbs/30_callback.ipynb #168c7185
 @patch
 def epoch_parts(self:DropClassCallback) -> list: # Means of plain, masked, suppression and total loss over the epoch
     "Average the parts of the loss over the epoch's steps."

@@ -102,6 +102,7 @@ def make_config(
     config = Config(**merge_settings(base, given))
     return folder_config(config) if config.data=='folder' and not (saved and 'path' not in given) else config # A saved path is that of the images
 
+# %% ../nbs/72_cli.ipynb #6caae63d
 def folder_config(
     config, # `Config` for a folder of images and masks
 ): # The same with `images`, `masks` and `classes.txt` of the folder filled in
@@ -119,6 +120,7 @@ def folder_config(
         names = [o.strip() for o in Path(names).read_text(encoding='utf-8-sig').splitlines() if o.strip()]
     return replace(config, path=str(images), data_options={**options, 'names':names})
 
+# %% ../nbs/72_cli.ipynb #fc2c31bb
 def default_folder(
     config, # `Config`
 ) -> Path: # 'runs/...'
@@ -419,6 +421,23 @@ def demo_verdict(
     return (text+" The third run, plain training and the only one with class weights, which fade: "+"; ".join(f"{world} {a:+.1f} points of mIoU and {b:+.1f} on the rare classes" for world,(a,b) in worlds)+
             ". This is one seed; another (--seed 1) moves such figures by a point or so, on rare classes by more.")
 
+# %% ../nbs/72_cli.ipynb #3821aaba
+def _show_demo(runs, out):
+    "Print and draw what the demo found."
+    from dropclass.compare import comparison, read_run, save_comparison, show_comparison
+    tables = {}
+    for test,title in (('valid',"In the biased world, where things stand where they belong"), ('unbiased',"In the unbiased world, where they stand anywhere")):
+        print(f"\n== {title} ==\n")
+        tables[test] = show_comparison(runs, test)
+        save_comparison(tables[test], out/f"{'biased' if test=='valid' else test}.png")
+    print("\n== The paths of the DropClass run (mIoU, rare mIoU) ==\n")
+    run = read_run(runs[1])
+    for path in run.metrics['tests']['valid']:
+        cells = [comparison(run, test, path).iloc[-2:,-1] for test in tables]
+        print(f"{path:<6} biased {cells[0].iloc[0]:.1f}, {cells[0].iloc[1]:.1f}   unbiased {cells[1].iloc[0]:.1f}, {cells[1].iloc[1]:.1f}{'   (predicts)' if path==run.metrics['predicts'] else ''}")
+    print(f"\n{demo_verdict(tables['valid'], tables['unbiased'])}\n\nPictures: {out/'biased.png'}, {out/'unbiased.png'}; images and predictions: {', '.join(str(o/'examples.png') for o in runs)}", flush=True)
+    return tables
+
 # %% ../nbs/72_cli.ipynb #f749fa2f
 @call_parse
 def demo(
@@ -440,19 +459,3 @@ def demo(
               f"The regime: few images and long training, where plain networks overfit to the usual context; suppression weight alpha {alpha:g}.\n", flush=True)
         outs = train_side_by_side(configs, out, write=lambda o: print(o, flush=True))
         return _show_demo(list(outs.values()), out)
-
-def _show_demo(runs, out):
-    "Print and draw what the demo found."
-    from dropclass.compare import comparison, read_run, save_comparison, show_comparison
-    tables = {}
-    for test,title in (('valid',"In the biased world, where things stand where they belong"), ('unbiased',"In the unbiased world, where they stand anywhere")):
-        print(f"\n== {title} ==\n")
-        tables[test] = show_comparison(runs, test)
-        save_comparison(tables[test], out/f"{'biased' if test=='valid' else test}.png")
-    print("\n== The paths of the DropClass run (mIoU, rare mIoU) ==\n")
-    run = read_run(runs[1])
-    for path in run.metrics['tests']['valid']:
-        cells = [comparison(run, test, path).iloc[-2:,-1] for test in tables]
-        print(f"{path:<6} biased {cells[0].iloc[0]:.1f}, {cells[0].iloc[1]:.1f}   unbiased {cells[1].iloc[0]:.1f}, {cells[1].iloc[1]:.1f}{'   (predicts)' if path==run.metrics['predicts'] else ''}")
-    print(f"\n{demo_verdict(tables['valid'], tables['unbiased'])}\n\nPictures: {out/'biased.png'}, {out/'unbiased.png'}; images and predictions: {', '.join(str(o/'examples.png') for o in runs)}", flush=True)
-    return tables

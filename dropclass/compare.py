@@ -97,6 +97,7 @@ def pick_path(
     if path not in paths: raise ValueError(f"`path` must be one of {', '.join(map(repr, paths))} in {run.folder}, got {path!r}")
     return path
 
+# %% ../nbs/71_compare.ipynb #b7d8e79a
 def check_comparable(
     runs, # Several `RunFiles`
     test:str='valid', # Test set
@@ -138,6 +139,7 @@ def comparison(
     df.attrs = dict(test=test, labels=labels, paths=paths, folders=[str(o.folder) for o in runs])
     return df
 
+# %% ../nbs/71_compare.ipynb #4783c6bf
 def _scores(run, test, path, order):
     "The IoU of a run in percent: classes in order, then both means, over the classes that are in the test set; a class that is only predicted has 0 or no IoU by chance."
     path = pick_path(run, test, path)
@@ -203,6 +205,7 @@ def format_comparison(
     if df[labels].isna().any(axis=None): lines.append("- not in the test set; left out of the means")
     return '\n'.join(lines)
 
+# %% ../nbs/71_compare.ipynb #51b5ac49
 def show_comparison(
     runs, # Run folders or `Run` objects; differences are to the first
     test:str='valid', # Test set
@@ -221,6 +224,7 @@ def show_comparison(
     for label,also in zip(df.attrs['labels'][1:], _also_different([read_run(o) for o in runs], df.attrs['labels'])): print('\n'+describe_comparison(df, label)+also)
     return df
 
+# %% ../nbs/71_compare.ipynb #6c08285d
 def _also_different(runs, labels):
     "For each run but the first: in what it differs from the first besides what its name says, as a sentence."
     (first,*others),texts = [{**_LATER, **o.config} for o in runs],[]
@@ -411,6 +415,7 @@ def difference_text(
 
 def _star(row): return '*' if row.low>0 or row.high<0 else ' '
 
+# %% ../nbs/71_compare.ipynb #b2287ae3
 def _table(rows):
     "Rows of text in columns: the first one to the left, the others to the right."
     widths = [max(len(row[i]) for row in rows)+2 for i in range(len(rows[0]))]

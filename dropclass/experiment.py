@@ -459,6 +459,7 @@ def clear_unstarted(
     if remove and not out.is_symlink() and not out.samefile('.'): out.rmdir()
     return True
 
+# %% ../nbs/70_experiment.ipynb #084dabb2
 def open_folder(
     out:str|Path, # The run's folder; made when missing
     config:Config, # The run
@@ -589,6 +590,7 @@ def train_run(
             finish_run(learn, out, config, recorder.seconds)
         return load_run(out) if is_first() else None
 
+# %% ../nbs/70_experiment.ipynb #eafa4cc7
 @contextmanager
 def _or_nothing(out, made):
     "Clear a folder again if no epoch was finished."
@@ -597,6 +599,7 @@ def _or_nothing(out, made):
         if is_first(): clear_unstarted(out, made)
         raise
 
+# %% ../nbs/70_experiment.ipynb #ccf666de
 def _is_finished(out, config, resume):
     "Is the run done? A new one needs a folder that is free."
     if not resume: check_unused(out)
@@ -610,6 +613,7 @@ def _note_folder(out, config):
     saved = json.loads((out/'config.json').read_text())
     write_json(out/'config.json', {**saved, **asdict(config)})
 
+# %% ../nbs/70_experiment.ipynb #a998d33e
 def _over_ranks(learn, config):
     "Train over all processes, if there are several; accelerate is imported only then."
     if num_ranks()==1: return nullcontext()

@@ -229,6 +229,7 @@ def read_flag(self:DropClassHead):
     try: self._drop_trained,self._flag_seen = bool(flag>=.5),seen
     except RuntimeError: pass # Under `vmap` a tensor has no one value
 
+# %% ../nbs/20_head.ipynb #c4454151
 @patch
 def train(self:DropClassHead,
     mode:bool=True, # Training mode?

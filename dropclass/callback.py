@@ -103,6 +103,18 @@ def fixed_weights(self:DropClassCallback): # One weight per class (C,); None dra
     if self.draw!='rare': return None
     return class_counts(self.dls.train.dataset, len(self.names)).clamp(min=1).double()**-.5
 
+# %% ../nbs/30_callback.ipynb #18b10cfd
+@patch
+def setup_draw(self:DropClassCallback):
+    "Name the classes, and find out which may be dropped and how often."
+    self.names = class_names(self.dls, self.drop_head.num_classes)
+    unknown = [o for o in self.never_drop if o not in self.names and o not in range(len(self.names))]
+    if unknown: raise ValueError(f"`never_drop` names {unknown[0]!r}, which is no class; the classes are {', '.join(self.names)}")
+    never = {self.names.index(o) if isinstance(o, str) else o for o in self.never_drop}
+    self.droppable = [i for i in range(len(self.names)) if i not in never]
+    if not self.droppable: raise ValueError(f"`never_drop` names all {len(self.names)} classes, so none can be dropped: leave at least one out of it")
+    self.draw_weights = self.fixed_weights()
+
 # %% ../nbs/30_callback.ipynb #89a91e88
 @patch
 def setup_head(self:DropClassCallback,
@@ -121,17 +133,6 @@ def setup_head(self:DropClassCallback,
         if added: remove_dropclass(self.model)
         raise
     for k,v in options.items(): setattr(self.drop_head, k, v)
-
-@patch
-def setup_draw(self:DropClassCallback):
-    "Name the classes, and find out which may be dropped and how often."
-    self.names = class_names(self.dls, self.drop_head.num_classes)
-    unknown = [o for o in self.never_drop if o not in self.names and o not in range(len(self.names))]
-    if unknown: raise ValueError(f"`never_drop` names {unknown[0]!r}, which is no class; the classes are {', '.join(self.names)}")
-    never = {self.names.index(o) if isinstance(o, str) else o for o in self.never_drop}
-    self.droppable = [i for i in range(len(self.names)) if i not in never]
-    if not self.droppable: raise ValueError(f"`never_drop` names all {len(self.names)} classes, so none can be dropped: leave at least one out of it")
-    self.draw_weights = self.fixed_weights()
 
 @patch
 def after_create(self:DropClassCallback):
@@ -381,17 +382,6 @@ def small_route(self:DropClassCallback) -> dict|None: # Options of the fused los
     self.route = f'stacked: {route}' if isinstance(route, str) else f"fused: bilinear resize, align_corners={route['align_corners']}"
     return None if isinstance(route, str) else route
 
-# %% ../nbs/30_callback.ipynb #00c6e971
-@patch
-def weigh_ranks(self:DropClassCallback) -> tuple: # lambda and alpha for this rank's losses
-    "Weigh this rank's losses by the pixels behind them, and keep the factor for the total."
-    _,lam,alpha = self.step_paths
-    among = isinstance(self.learn.model, DistributedDataParallel)
-    shares = pixel_shares(self.yb[0], self.loss_func, self.now['dropped_class'], self.normalize, self.masked_weights) if among else (1.,1.)
-    factor,lam,alpha = shared_weights(lam, alpha, *shares)
-    self.factors = (*shares, 1., factor) # Of the plain, the masked, the suppression and the total loss
-    return lam,alpha
-
 # %% ../nbs/30_callback.ipynb #575f2488
 @patch
 def take_small(self:DropClassCallback):
@@ -410,6 +400,17 @@ def small_losses(self:DropClassCallback) -> tuple: # Total loss and its parts pl
     total,parts = resize_dropclass_loss(self.plain_logits, self.drop_logits, self.yb[0], z, *self.weigh_ranks(), masked_weights=self.masked_weights, **self.small)
     self.small_logits = self.plain_logits = self.full_yb = None
     return (total,*parts)
+
+# %% ../nbs/30_callback.ipynb #00c6e971
+@patch
+def weigh_ranks(self:DropClassCallback) -> tuple: # lambda and alpha for this rank's losses
+    "Weigh this rank's losses by the pixels behind them, and keep the factor for the total."
+    _,lam,alpha = self.step_paths
+    among = isinstance(self.learn.model, DistributedDataParallel)
+    shares = pixel_shares(self.yb[0], self.loss_func, self.now['dropped_class'], self.normalize, self.masked_weights) if among else (1.,1.)
+    factor,lam,alpha = shared_weights(lam, alpha, *shares)
+    self.factors = (*shares, 1., factor) # Of the plain, the masked, the suppression and the total loss
+    return lam,alpha
 
 # %% ../nbs/30_callback.ipynb #8bd7e487
 def added_terms(
@@ -521,6 +522,7 @@ def plot_schedule(self:DropClassCallback,
     ax.legend(frameon=False, loc='lower left', bbox_to_anchor=(0, 1), ncols=3, fontsize=8)
     return ax
 
+# %% ../nbs/30_callback.ipynb #9e299a7c
 @patch
 def plot_losses(self:DropClassCallback,
     ax=None, # Matplotlib axes; None makes new ones

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RULES', 'REPORTS', 'build_network', 'fit_names', 'load_network', 'open_images', 'NetworkAudit', 'describe_network',
            'measure_network', 'Example', 'weak_examples', 'erased_example', 'class_advice', 'pair_advice', 'Audit',
-           'count_images', 'audit', 'open_networks', 'audit_summary', 'audit_limits', 'fill_text', 'audit_advice',
+           'count_images', 'open_networks', 'audit', 'audit_summary', 'audit_limits', 'fill_text', 'audit_advice',
            'encode_picture', 'picture_files', 'shade', 'matrix_view', 'render', 'check_report', 'audit_files']
 
 # %% ../nbs/65_audit.ipynb #ffa57c9e
@@ -202,6 +202,7 @@ class Example:
     shots:dict # Name -> picture (H,W,3), float in 0..1 or bytes
     erased:int|None=None # The class that was painted over
 
+# %% ../nbs/65_audit.ipynb #ac690d9e
 def weak_examples(
     subjects:list, # One or two networks (`Subject`); the first decides
     data, # Batches of images and labels
@@ -357,6 +358,27 @@ class _Sizes:
             self.seen['x'.join(map(str, batch[0].shape[-2:]))] = True
             yield batch
 
+# %% ../nbs/65_audit.ipynb #b3a37624
+def open_networks(
+    model, # Run folder, `Run`, Learner, network, or `Subject`
+    other=None, # A second one, or None
+    class_names=None, # Class names, a `ClassSpec`, or their number
+    path:str|None=None, # Path of runs that have two
+    labels:tuple|None=None, # Names in the report
+    device=None, # Where the networks of runs go; None is fastai's default
+) -> list: # One or two `Subject`s with the same classes and different names
+    "Open the networks of an audit."
+    is_run = lambda o: isinstance(o, (str,Path)) or hasattr(o, 'load_model')
+    has_two = lambda o: path if is_run(o) or not (is_run(model) or is_run(other)) else None # Without any run, `open_model` says that there is no path to choose
+    subjects = [open_model(model, class_names, has_two(model), device=device)]
+    if other is not None:
+        own = class_names if class_names is not None or not isinstance(other, nn.Module) else subjects[0].spec
+        subjects.append(open_model(other, own, has_two(other), device=device))
+        a,b = (o.spec.names for o in subjects)
+        if a!=b: raise ValueError(f"The two networks have different classes ({', '.join(a[:3])} ... and {', '.join(b[:3])} ...): audit networks for one data set side by side")
+        if subjects[0].label==subjects[1].label: labels = labels or ('base','other')
+    return [s._replace(label=l) for s,l in zip(subjects, labels)] if labels else subjects
+
 # %% ../nbs/65_audit.ipynb #7876153a
 def audit(
     model, # Run folder, `Run`, Learner, or any PyTorch network from images to class scores
@@ -393,37 +415,12 @@ def audit(
     known = counts is not None
     return Audit(spec, networks, count_images(data), counts if known else networks[0].context.confusion.sum(1), 'the training set' if known else 'these images', shown, habits, tuple(sizes.seen))
 
-# %% ../nbs/65_audit.ipynb #b3a37624
-def open_networks(
-    model, # Run folder, `Run`, Learner, network, or `Subject`
-    other=None, # A second one, or None
-    class_names=None, # Class names, a `ClassSpec`, or their number
-    path:str|None=None, # Path of runs that have two
-    labels:tuple|None=None, # Names in the report
-    device=None, # Where the networks of runs go; None is fastai's default
-) -> list: # One or two `Subject`s with the same classes and different names
-    "Open the networks of an audit."
-    is_run = lambda o: isinstance(o, (str,Path)) or hasattr(o, 'load_model')
-    has_two = lambda o: path if is_run(o) or not (is_run(model) or is_run(other)) else None # Without any run, `open_model` says that there is no path to choose
-    subjects = [open_model(model, class_names, has_two(model), device=device)]
-    if other is not None:
-        own = class_names if class_names is not None or not isinstance(other, nn.Module) else subjects[0].spec
-        subjects.append(open_model(other, own, has_two(other), device=device))
-        a,b = (o.spec.names for o in subjects)
-        if a!=b: raise ValueError(f"The two networks have different classes ({', '.join(a[:3])} ... and {', '.join(b[:3])} ...): audit networks for one data set side by side")
-        if subjects[0].label==subjects[1].label: labels = labels or ('base','other')
-    return [s._replace(label=l) for s,l in zip(subjects, labels)] if labels else subjects
-
 # %% ../nbs/65_audit.ipynb #ce4b8dac
 def _plain(values):
     "Numbers for JSON: nan becomes None."
     if isinstance(values, Tensor): values = values.tolist()
     if isinstance(values, list): return [_plain(o) for o in values]
     return None if isinstance(values, float) and values!=values else values
-
-def _counted(audit):
-    "Classes that means are over: with two networks those that occur, so that one stray pixel of an absent class does not set the two apart."
-    return [c for c in audit.order if audit.context.occurs[c] or len(audit.networks)==1]
 
 def _network_dict(network, rare, k, counted):
     "The figures of one network."
@@ -458,6 +455,10 @@ def _class_rows(audit):
     return rows
 
 # %% ../nbs/65_audit.ipynb #0a19010a
+def _counted(audit):
+    "Classes that means are over: with two networks those that occur, so that one stray pixel of an absent class does not set the two apart."
+    return [c for c in audit.order if audit.context.occurs[c] or len(audit.networks)==1]
+
 def _mean_falls(co, k):
     "Mean fall, in points, per class that occurs, over its k most influential classes."
     fall = 100*co.fall()
@@ -724,6 +725,7 @@ def _by_path(net, path):
     if path is not None and check_choice(path, ['plain','drop','mean'] if head else ['plain'], 'path') and head: head.predict = path
     return net
 
+# %% ../nbs/65_audit.ipynb #79a39231
 def _shown_to(run):
     "How the images of a run were prepared, as options of `open_images`."
     from dropclass.compare import _trained_size

@@ -366,6 +366,11 @@ def _last_epoch(out):
     row = dict(zip(lines[0].split(','), lines[-1].split(',')))
     return int(float(row['epoch']))+1,100*float(row['miou'])
 
+def _log_end(out):
+    "The last line of a log."
+    lines = out.with_suffix('.log').read_text(errors='replace').strip().splitlines()
+    return lines[-1] if lines else 'it was killed'
+
 # %% ../nbs/72_cli.ipynb #60117a07
 def train_side_by_side(
     configs:dict, # Fields of `Config` by name; all with the same number of epochs
@@ -396,11 +401,6 @@ def train_side_by_side(
         for p in jobs.values():
             if p.poll() is None: p.terminate()
         for p in jobs.values(): p.wait()
-
-def _log_end(out):
-    "The last line of a log."
-    lines = out.with_suffix('.log').read_text(errors='replace').strip().splitlines()
-    return lines[-1] if lines else 'it was killed'
 
 # %% ../nbs/72_cli.ipynb #659bcdba
 def demo_verdict(

@@ -7,7 +7,7 @@ __all__ = ['METHODS', 'DATA', 'ON_CANVAS', 'WEIGHTS', 'RECIPES', 'writing', 'wri
            'data_function', 'sampling_options', 'make_data', 'PixelLoss', 'make_weights', 'make_loss', 'make_opt_func',
            'poly', 'lr_schedule', 'read_schedule', 'make_method', 'BFloat16', 'make_learner', 'random_states',
            'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'ValidEvery', 'EpochLines',
-           'check_unused', 'clear_unstarted', 'open_folder', 'read_config', 'summarize', 'evaluate_paths',
+           'check_unused', 'clear_unstarted', 'read_config', 'open_folder', 'summarize', 'evaluate_paths',
            'plot_examples', 'finish_run', 'train_run', 'Run', 'load_run', 'merge_settings', 'recipe', 'format_config']
 
 # %% ../nbs/70_experiment.ipynb #09dd1cbb
@@ -459,6 +459,17 @@ def clear_unstarted(
     if remove and not out.is_symlink() and not out.samefile('.'): out.rmdir()
     return True
 
+# %% ../nbs/70_experiment.ipynb #de1946eb
+def read_config(
+    folder:str|Path, # A run's folder
+) -> Config: # Its configuration
+    "Read the configuration of a run."
+    path = Path(folder)/'config.json'
+    if not path.is_file(): raise FileNotFoundError(f"{folder} is no run: it has no config.json; name a folder that `dropclass-train` wrote")
+    saved = json.loads(path.read_text())
+    if saved.get('format')!=1: raise ValueError(f"{path} has format {saved.get('format')}, this version reads format 1: update dropclass")
+    return Config(**{f.name:saved[f.name] for f in fields(Config) if f.name in saved})
+
 # %% ../nbs/70_experiment.ipynb #084dabb2
 def open_folder(
     out:str|Path, # The run's folder; made when missing
@@ -482,17 +493,6 @@ def open_folder(
         raise ValueError(f"{out} was started with another configuration ({'; '.join(other) or 'a default has changed since: class weights counted in Eq. (6), so add the option masked_weights=True, or alpha was 10'}): resume with the same one, or start in a new folder")
     _note_folder(out, config)
     return checkpoint
-
-# %% ../nbs/70_experiment.ipynb #de1946eb
-def read_config(
-    folder:str|Path, # A run's folder
-) -> Config: # Its configuration
-    "Read the configuration of a run."
-    path = Path(folder)/'config.json'
-    if not path.is_file(): raise FileNotFoundError(f"{folder} is no run: it has no config.json; name a folder that `dropclass-train` wrote")
-    saved = json.loads(path.read_text())
-    if saved.get('format')!=1: raise ValueError(f"{path} has format {saved.get('format')}, this version reads format 1: update dropclass")
-    return Config(**{f.name:saved[f.name] for f in fields(Config) if f.name in saved})
 
 # %% ../nbs/70_experiment.ipynb #5f86b39f
 def summarize(
@@ -567,29 +567,6 @@ def finish_run(
     write_json(out/'metrics.json', metrics)
     return metrics
 
-# %% ../nbs/70_experiment.ipynb #a83b9e94
-def train_run(
-    config:Config, # The run
-    out:str|Path, # Its folder
-    resume:bool=False, # Continue an interrupted run?
-    progress:bool=True, # Show fastai's progress bar?
-    write=print, # Takes one line of text per epoch
-    cbs=(), # More callbacks for the fit
-): # `Run`, read from the folder; None on all processes but the first
-    "Train, evaluate and leave a run folder behind."
-    out = Path(out)
-    if config.threads: torch.set_num_threads(config.threads)
-    make_method(config) # Refuses wrong options before anything is written
-    with joined():
-        if not from_first(lambda: _is_finished(out, config, resume)):
-            learn = make_learner(config, out) # Before the folder is made: data that cannot be read leave none behind
-            made = not out.exists()
-            recorder = RunRecorder(out, config_hash(config), from_first(lambda: open_folder(out, config, resume)))
-            if not progress: learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-            with _or_nothing(out, made), _over_ranks(learn, config): learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), ValidEvery(config.valid_every), recorder, EpochLines(write=write), *cbs])
-            finish_run(learn, out, config, recorder.seconds)
-        return load_run(out) if is_first() else None
-
 # %% ../nbs/70_experiment.ipynb #eafa4cc7
 @contextmanager
 def _or_nothing(out, made):
@@ -619,6 +596,29 @@ def _over_ranks(learn, config):
     if num_ranks()==1: return nullcontext()
     from dropclass.distributed import over_ranks
     return over_ranks(learn, config.sync_bn)
+
+# %% ../nbs/70_experiment.ipynb #a83b9e94
+def train_run(
+    config:Config, # The run
+    out:str|Path, # Its folder
+    resume:bool=False, # Continue an interrupted run?
+    progress:bool=True, # Show fastai's progress bar?
+    write=print, # Takes one line of text per epoch
+    cbs=(), # More callbacks for the fit
+): # `Run`, read from the folder; None on all processes but the first
+    "Train, evaluate and leave a run folder behind."
+    out = Path(out)
+    if config.threads: torch.set_num_threads(config.threads)
+    make_method(config) # Refuses wrong options before anything is written
+    with joined():
+        if not from_first(lambda: _is_finished(out, config, resume)):
+            learn = make_learner(config, out) # Before the folder is made: data that cannot be read leave none behind
+            made = not out.exists()
+            recorder = RunRecorder(out, config_hash(config), from_first(lambda: open_folder(out, config, resume)))
+            if not progress: learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
+            with _or_nothing(out, made), _over_ranks(learn, config): learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), ValidEvery(config.valid_every), recorder, EpochLines(write=write), *cbs])
+            finish_run(learn, out, config, recorder.seconds)
+        return load_run(out) if is_first() else None
 
 # %% ../nbs/70_experiment.ipynb #3cdc991d
 class Run:

@@ -160,6 +160,7 @@ def iter_batches(
     max_images:int|None=None, # Stop after so many images; None takes all
 ): # Iterator over images (N,3,H,W) and labels (N,H,W)
     "Walk through the batches as plain tensors."
+    if max_images is not None and max_images<1: raise ValueError(f"`max_images` must be 1 or more, got {max_images}: None takes all")
     left = max_images
     for batch in data:
         x,y = (o.as_subclass(Tensor).to(device) for o in (batch[0], batch[-1]))

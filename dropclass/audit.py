@@ -30,7 +30,7 @@ from .analysis_context import (Colocation, Subject, as_spec, colocation, erase, 
                                         robustness_table, vulnerable_classes, _check_same_data, _fill_name, _show_progress)
 from .analysis_entanglement import MEASURES, Entanglement, entanglement, row_sums, _pixel_counts
 from .analysis_figures import predict_labels, to_picture
-from .core import ClassSpec, check_choice, colorize
+from .core import ClassSpec, check_choice, check_device, colorize
 from .head import HEAD_OPTIONS, add_dropclass, get_head
 from .metrics import class_iou, mean_iou, pixel_accuracy, rare_classes
 from .models import create_model, model_names, read_weights
@@ -688,6 +688,7 @@ def check_report(
     "Refuse a place that cannot be written to; better known before an audit than after it."
     path = Path(path)
     if path.suffix not in REPORTS and path.is_file(): raise FileExistsError(f"{path} is a file: give a folder, or a name that ends in .html, .md or .json")
+    if path.suffix.lower() in ('.htm','.pdf','.txt','.csv','.png'): raise ValueError(f"A report is a folder, or a file that ends in .html, .md or .json, got {path.name}")
     near = next(o for o in (path, *path.absolute().parents) if o.exists() and o!=path or o.is_dir())
     if not near.is_dir() or not os.access(near, os.W_OK): raise OSError(f"Cannot write to {near}: choose another place for the report")
     return path
@@ -753,7 +754,7 @@ def audit_files(
     if data is None and (size or names): raise ValueError("`size` and class names are for the images of a folder (`--data`); a run brings its own")
     shown = dict(_shown_to(runs[0]) if runs and data is not None else {}, **({'size':size} if size else {}))
     loader,spec,counts = (None,)*3 if data is None else open_images(data, names=names, test=kwargs.get('test', 'valid'), **shown)
-    device = default_device() if device is None else device
+    device = default_device() if device is None else check_device(device)
     subjects = [open_model(o, path=path, device=device) for o in runs]
     for o in subjects:
         if spec and o.spec.names!=spec.names: raise ValueError(f"{o.label} was trained on the classes {', '.join(o.spec.names)}; {data} has {', '.join(spec.names)}: use images with the same classes, in the same order")

@@ -6,7 +6,9 @@
 __all__ = ['DropClassCallback', 'class_names', 'extend_optimizer', 'added_terms']
 
 # %% ../nbs/30_callback.ipynb #d02fc619
-from numbers import Integral
+import math
+from numbers import Integral, Real
+from operator import index
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ class DropClassCallback(Callback):
         detach:bool|None=None, # Stop gradients through the importance? None keeps the head's (no)
         start:str='random', # First weights of the compensation block: 'random' or 'identity'
         norm_stats:str|None=None, # The block's running statistics come from 'all' batches or from 'whole' features; None keeps the head's ('all')
-        never_drop=(), # Classes that are never dropped, by name or label: a background, say
+        never_drop=(), # Classes that are never dropped, by name or label: a background, say; one that the loss ignores is not dropped either
         draw='uniform', # Which class is drawn: 'uniform' as Eq. (3), 'cycle' in shuffled rounds, 'present' in the batch, 'rare' more often, or one weight per class
         drop:str='class', # 'class', or 'random': a control that takes as much from random channels
         paths:str='both', # 'both' paths in every step, or 'sample' one of them: same gradient on average, at the cost of one
@@ -56,14 +58,16 @@ class DropClassCallback(Callback):
         both_paths:bool=True, # Report the validation loss of both paths? Costs the drop path in validation
         seed:int=0, # Seed of the drawn classes and of the head's new weights
     ):
-        if alpha<0: raise ValueError(f"`alpha` must be 0 or more, got {alpha}")
+        if not isinstance(alpha, Real) or not 0<=alpha<math.inf: raise ValueError(f"`alpha` must be a number, 0 or more, got {alpha!r}; schedules are for `lam` and `drop_prob`")
+        if not isinstance(seed, Integral): raise ValueError(f"`seed` must be an integer, got {seed!r}")
         for name,value,choices in (('normalize', normalize, ('valid','all')), ('drop', drop, ('class','random')), ('paths', paths, ('both','sample'))): check_choice(value, choices, name)
         for name,value in zip(HEAD_CHOICES, (average, scale, predict, norm_stats)):
             if value is not None: check_choice(value, HEAD_CHOICES[name], name) # A head that is there already takes what it is given
         if isinstance(draw, str): check_choice(draw, ('uniform','cycle','present','rare'), 'draw')
         elif hasattr(draw, 'tolist'): draw = draw.tolist() # A tensor or an array
         lam,drop_prob = as_schedule(lam, 'lam'),as_schedule(drop_prob, 'drop_prob')
-        never_drop = (never_drop,) if isinstance(never_drop, (str,Integral)) else tuple(never_drop)
+        if hasattr(never_drop, 'tolist'): never_drop = never_drop.tolist()
+        never_drop = () if never_drop is None else (never_drop,) if isinstance(never_drop, (str,Integral)) else tuple(o if isinstance(o, str) else index(o) for o in never_drop)
         store_attr()
         self.drop_head,self.drop_logits,self.rows,self.fitting = None,None,[],False
         self.routes,self.small = {},None
@@ -109,10 +113,13 @@ def setup_draw(self:DropClassCallback):
     "Name the classes, and find out which may be dropped and how often."
     self.names = class_names(self.dls, self.drop_head.num_classes)
     unknown = [o for o in self.never_drop if o not in self.names and o not in range(len(self.names))]
-    if unknown: raise ValueError(f"`never_drop` names {unknown[0]!r}, which is no class; the classes are {', '.join(self.names)}")
+    if unknown:
+        parts = [o.strip() for o in str(unknown[0]).split(',')]
+        raise ValueError(f"`never_drop` names {unknown[0]!r}, which is no class; " + (f"several are written as {tuple(parts)}; " if len(parts)>1 else '') + f"the classes are {', '.join(self.names)}")
     never = {self.names.index(o) if isinstance(o, str) else o for o in self.never_drop}
-    self.droppable = [i for i in range(len(self.names)) if i not in never]
-    if not self.droppable: raise ValueError(f"`never_drop` names all {len(self.names)} classes, so none can be dropped: leave at least one out of it")
+    learned = [i for i in range(len(self.names)) if i!=get_ignore_index(self.loss_func)] # A class without labels is not drawn
+    self.droppable = [i for i in learned if i not in never]
+    if not self.droppable: raise ValueError(f"`never_drop` names all {len(learned)} classes{' that the loss does not ignore' if len(learned)<len(self.names) else ''}, so none can be dropped: leave at least one out of it")
     self.draw_weights = self.fixed_weights()
 
 # %% ../nbs/30_callback.ipynb #89a91e88
@@ -186,7 +193,11 @@ def check_loss(self:DropClassCallback):
     where = next(self.model.parameters()).device
     C,pixels = len(self.names),dict(device=where, dtype=torch.long)
     size = (1, 2*C+1) # As many pixels as no count of classes or images
-    per_pixel_loss(torch.zeros(1, C, *size, device=where), torch.zeros(1, *size, **pixels), torch.ones(1, *size, **pixels).bool(), self.loss_func)
+    try: per_pixel_loss(torch.zeros(1, C, *size, device=where), torch.zeros(1, *size, **pixels), torch.ones(1, *size, **pixels).bool(), self.loss_func)
+    except Exception as e:
+        if 'one value per pixel' in str(e): raise # It says all
+        name = getattr(self.loss_func, '__name__', type(self.loss_func).__name__)
+        raise ValueError(f"{name} has no `ignore_index`, so it was tried on logits (1,{C},1,{size[1]}) and labels (1,1,{size[1]}), one value per pixel, and failed ({e}): give a loss of logits (N,C,H,W) and labels (N,H,W)") from e
 
 # %% ../nbs/30_callback.ipynb #696141e3
 @patch
@@ -201,6 +212,7 @@ def before_fit(self:DropClassCallback):
     if spec is not None: check_void(self.loss_func, spec.ignore_index)
     if self.masked_weights is False: strip_weights(cross_entropy_options(self.loss_func), self.loss_func) # Fails before the first step, if at all
     self.setup_head(fitting=True)
+    self.drop_head.quiet = False # Should a later fit forget the callback, it is told
     extend_optimizer(self.learn, self.drop_head)
     self.drop_head.to(next(self.model.parameters()).device)
     self.fitting,self.begun,self.valid_sums,self.routes = True,False,[0., 0., 0.],{}
@@ -508,7 +520,7 @@ def plot_schedule(self:DropClassCallback,
 ): # The axes
     "Plot both schedules, and a mark for every step that dropped a class."
     import matplotlib.pyplot as plt
-    num_classes,table = len(self.names),self.history
+    table,num_classes = self.history,len(self.names)
     ax = ax or plt.subplots(figsize=(7, min(max(2.4, .2*num_classes), 6)), layout='constrained')[1]
     ax.plot(table.step, table.lam, label='lam')
     ax.plot(table.step, table.drop_prob, '--', label='drop_prob')
@@ -530,8 +542,8 @@ def plot_losses(self:DropClassCallback,
 ): # The axes
     "Plot the parts of the loss over the steps."
     import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(7,2.4))[1]
     table = self.history
+    ax = ax or plt.subplots(figsize=(7,2.4))[1]
     table['suppression'] = table.suppression.where(table.dropped_class.notna()) # Steps without a drop have none
     for name in (*_PARTS, 'total'): ax.plot(table.step, table[name].rolling(smooth, min_periods=1).mean(), label=name)
     ax.set(xlabel='step', ylabel=f'loss, mean of {smooth} steps')

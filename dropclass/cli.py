@@ -108,6 +108,7 @@ def folder_config(
 ): # The same with `images`, `masks` and `classes.txt` of the folder filled in
     "Find images, masks and class names in a folder."
     from dataclasses import replace
+    from dropclass.data_core import read_lines
     options = dict(config.data_options)
     if config.path is None: raise ValueError("`folder` needs `--path`: a folder that holds `images`, `masks` and `classes.txt`, with one class name a line")
     path = Path(config.path)
@@ -117,7 +118,7 @@ def folder_config(
     names = options.get('names', path/'classes.txt')
     if isinstance(names, (str,Path)):
         if not Path(names).is_file(): raise FileNotFoundError(f"There is no file {names}: write the class names into it, one a line, in the order of the labels")
-        names = [o.strip() for o in Path(names).read_text(encoding='utf-8-sig').splitlines() if o.strip()]
+        names = read_lines(names)
     return replace(config, path=str(images), data_options={**options, 'names':names})
 
 # %% ../nbs/72_cli.ipynb #fc2c31bb
@@ -452,9 +453,13 @@ def demo(
 ):
     "Train plain, with DropClass and with class weights that fade, on generated street scenes, side by side, and compare them."
     with one_line_errors(debug, lambda: "Finished epochs are kept; the same command goes on from there."):
+        from dropclass.data_scenes import check_scene_size
+        from dropclass.experiment import make_method
         if epochs<1: raise ValueError(f"`--epochs` must be 1 or more, got {epochs}")
         out = Path(out or f'runs/demo-n{n_train}-e{epochs}-{size}-a{alpha:g}-s{seed}')
         configs = demo_configs(epochs, n_train, n_test, read_size(size), seed, alpha)
+        for o in configs.values(): make_method(make_config(o)) # Fails before anything is started, if at all
+        check_scene_size(read_size(size))
         print(f"Plain, DropClass, and plain with class weights that fade: {n_train} biased street scenes of {size} pixels, {epochs} epochs each, side by side; into {out}\n"
               f"The regime: few images and long training, where plain networks overfit to the usual context; suppression weight alpha {alpha:g}.\n", flush=True)
         outs = train_side_by_side(configs, out, write=lambda o: print(o, flush=True))

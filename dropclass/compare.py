@@ -483,7 +483,7 @@ def find_images(
     from dropclass.data_core import open_image
     files = []
     for o in map(Path, [images] if isinstance(images, (str,Path)) else images):
-        inside = sorted(f for f in o.iterdir() if f.suffix.lower() in IMAGE_ENDINGS) if o.is_dir() else [o]
+        inside = sorted(f for f in o.iterdir() if f.suffix.lower() in IMAGE_ENDINGS and not f.name.startswith('.')) if o.is_dir() else [o]
         if not inside: raise ValueError(f"Folder {o} holds no images ({', '.join(IMAGE_ENDINGS)}): give the folder that they lie in, subfolders are not searched")
         files += inside
     if not files: raise ValueError("There is nothing to label: give at least one image or folder")
@@ -532,12 +532,15 @@ def _overlay_image(image, mask, spec, alpha):
 
 def _legend_image(spec):
     "The classes in their colours."
-    from PIL import Image, ImageDraw
-    picture = Image.new('RGB', (40+7*max(len(o)+4 for o in spec.names), 18*len(spec)+6), 'white')
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+    font = ImageFont.truetype(str(Path(matplotlib.get_data_path())/'fonts/ttf/DejaVuSans.ttf'), 11) # Pillow's own has ASCII only
+    texts = [f'{i}  {o}' for i,o in enumerate(spec.names)]
+    picture = Image.new('RGB', (int(44+max(map(font.getlength, texts))), 18*len(spec)+6), 'white')
     draw = ImageDraw.Draw(picture)
-    for i,(name,color) in enumerate(zip(spec.names, spec.colors)):
+    for i,(text,color) in enumerate(zip(texts, spec.colors)):
         draw.rectangle((6, 18*i+5, 26, 18*i+18), fill=color, outline='#888')
-        draw.text((34, 18*i+6), f'{i}  {name}', fill='black')
+        draw.text((34, 18*i+5), text, fill='black', font=font)
     return picture
 
 # %% ../nbs/71_compare.ipynb #bdbcdaff
@@ -568,14 +571,14 @@ def _trained_size(config):
 
 def _network(model, spec, size, path, device=None):
     "The network in evaluation mode, its classes, and how it is shown images."
-    from dropclass.core import check_choice
+    from dropclass.core import check_choice, check_device
     from dropclass.head import get_head
     from dropclass.experiment import ON_CANVAS, load_run
     show = dict(size=size)
     if isinstance(model, (str,Path)): model = load_run(read_run(model).folder)
     if hasattr(model, 'load_model'):
         from fastai.torch_core import default_device
-        run,model = model,model.load_model().to(default_device() if device is None else device)
+        run,model = model,model.load_model().to(default_device() if device is None else check_device(device))
         spec,show = spec or run.spec,dict(size=size or _trained_size(run.config), stats=run.config.data_options.get('stats'), fit=run.config.data in ON_CANVAS or run.config.data_options.get('fit', False))
     if spec is None: raise ValueError("`spec` is missing: give the `ClassSpec` of the network's classes")
     if len(spec)>255: raise ValueError(f"Masks are written with 8 bits, got {len(spec)} classes: use `predict_mask` and write them yourself")

@@ -188,7 +188,9 @@ def read_lines(
 ) -> list: # Its lines without surrounding blanks; empty ones are left out
     "Read the lines of a text file."
     if not Path(path).is_file(): raise FileNotFoundError(f"There is no file {path}")
-    lines = [o.strip() for o in Path(path).read_text(encoding='utf-8-sig').splitlines()] # Some editors mark the beginning of a file
+    try: text = Path(path).read_text(encoding='utf-8-sig') # Some editors mark the beginning of a file
+    except UnicodeDecodeError as e: raise ValueError(f"{path} is not UTF-8 text ({e}): save it as UTF-8") from None
+    lines = [o.strip() for o in text.splitlines()]
     if not any(lines): raise ValueError(f"{path} is empty: it should hold one name a line")
     return [o for o in lines if o]
 
@@ -370,6 +372,7 @@ def class_stats(
     num_classes:int|None=None, # Number of classes, C; None asks `ds.spec`
 ) -> ClassStats: # The counts
     "Count pixels and images per class, once."
+    if not hasattr(ds, '__getitem__') and hasattr(ds, 'dataset'): ds = ds.dataset # A DataLoader
     ds = getattr(ds, 'source', ds)
     if num_classes is None and not hasattr(ds, 'spec'): raise ValueError(f"{type(ds).__name__} does not say how many classes there are: pass `num_classes`")
     C = len(ds.spec) if num_classes is None else num_classes

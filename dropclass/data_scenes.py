@@ -464,7 +464,7 @@ def check_scene_size(
     size:tuple, # Height and width, in pixels
 ) -> tuple: # The same as two ints
     "Refuse a size that is not two numbers of at least 16 pixels."
-    if len(tuple(size))!=2 or any(int(o)!=o or o<16 for o in size):
+    if not isinstance(size, (tuple,list)) or len(size)!=2 or any(int(o)!=o or o<16 for o in size):
         raise ValueError(f"`size` must be (height, width) of at least 16 pixels each, got {size}: (96,128) is the usual one")
     return tuple(map(int, size))
 

@@ -23,7 +23,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from fastcore.basics import patch
-from .core import check_choice, check_num_classes, eval_mode
+from .core import check_choice, check_network, check_num_classes, eval_mode
 from .importance import conv_importance, iter_importance
 from .features import class_scale, drop_features
 from .models import pick_logits
@@ -122,7 +122,7 @@ class DropClassHead(nn.Module):
             return getattr(classifier, name)
 
 # %% ../nbs/20_head.ipynb #8438832e
-_DISARMED = dict(keep_mask=None, both_in_eval=False, small_only=False, small=None, only=None, shuffle=None, answered=False, one_path=None, leaf=None)
+_DISARMED = dict(keep_mask=None, both_in_eval=False, small_only=False, small=None, only=None, shuffle=None, answered=False, quiet=False, one_path=None, leaf=None)
 
 @patch
 def __getstate__(self:DropClassHead):
@@ -240,6 +240,18 @@ def train(self:DropClassHead,
         self.read_flag()
     return nn.Module.train(self, mode)
 
+# %% ../nbs/20_head.ipynb #77bbf4df
+@patch
+def mark_trained(self:DropClassHead,
+    trained:bool=True, # Has the drop path been trained?
+):
+    "Record, in the state dict too, that the drop path may answer for `predict='auto'`."
+    self.read_flag()
+    if trained==self._drop_trained: return
+    self.drop_trained.fill_(float(trained))
+    self._drop_trained = trained
+    if not self.drop_trained.is_inference(): self._flag_seen = id(self.drop_trained),self.drop_trained._version
+
 # %% ../nbs/20_head.ipynb #bae98a63
 @patch(as_prop=True)
 def armed(self:DropClassHead) -> bool: # Will the next forward return both paths?
@@ -249,9 +261,10 @@ def armed(self:DropClassHead) -> bool: # Will the next forward return both paths
 # %% ../nbs/20_head.ipynb #17e07428
 @patch
 def warn_unarmed(self:DropClassHead):
-    "Warn, once, that a training step leaves the drop path untrained."
+    "Warn, once, that a training step leaves the drop path untrained, and let the plain path answer."
     self.quiet = True
-    warnings.warn("A model with a DropClassHead trains without a keep mask, so its drop path learns nothing: fit with `cbs=DropClassCallback()`, "
+    self.mark_trained(False)
+    warnings.warn("A model with a DropClassHead trains without a keep mask, so its drop path learns nothing, and under `predict='auto'` the plain path answers again: fit with `cbs=DropClassCallback()`, "
                   "use `head.dropping(keep_mask)` in your own loop, or `remove_dropclass(model)`")
 
 # %% ../nbs/20_head.ipynb #67b608b5
@@ -304,11 +317,12 @@ def _gather(beside, features):
 @patch
 @contextlib.contextmanager
 def dropping(self:DropClassHead,
-    keep_mask:Tensor, # Mask (C,), 1 = kept, 0 = dropped
+    keep_mask:Tensor, # Mask (C,), 1 = kept, 0 = dropped; a list or array will do
     lam:float|None=None, # Weight of the drop path's loss in this step; from 0.5 on, `predict='auto'` answers by the drop path
     only:str|None=None, # Run one path, 'plain' or 'drop', instead of both, as `choose_paths` says; None and 'both' run both
 ):
     "Return both paths, stacked, from every training forward inside the context; or just one."
+    keep_mask = torch.as_tensor(keep_mask, dtype=torch.float32) if not isinstance(keep_mask, Tensor) else keep_mask
     if self.num_classes!=len(keep_mask):
         raise ValueError(f"`keep_mask` has {len(keep_mask)} entries for {self.num_classes} classes: give one entry per class")
     if only is not None: only = None if check_choice(only, ['plain','drop','both'], 'only')=='both' else only
@@ -316,17 +330,6 @@ def dropping(self:DropClassHead,
     if lam is not None and lam>=.5: self.mark_trained()
     try: yield self
     finally: self.keep_mask,self.only = before
-
-@patch
-def mark_trained(self:DropClassHead,
-    trained:bool=True, # Has the drop path been trained?
-):
-    "Record, in the state dict too, that the drop path may answer for `predict='auto'`."
-    self.read_flag()
-    if trained==self._drop_trained: return
-    self.drop_trained.fill_(float(trained))
-    self._drop_trained = trained
-    if not self.drop_trained.is_inference(): self._flag_seen = id(self.drop_trained),self.drop_trained._version
 
 # %% ../nbs/20_head.ipynb #be5c4ae0
 @patch
@@ -347,7 +350,7 @@ def split_paths(
     "Split stacked outputs into the plain and the drop path."
     if isinstance(out, Mapping):
         pairs = {k:split_paths(v, batch_size) for k,v in out.items() if v is not None}
-        return {k:o[0] for k,o in pairs.items()}, {k:o[1] for k,o in pairs.items() if o[1] is not None}
+        return _like_mapping(out, {k:o[0] for k,o in pairs.items()}), _like_mapping(out, {k:o[1] for k,o in pairs.items() if o[1] is not None})
     if isinstance(out, (tuple,list)):
         pairs = [split_paths(o, batch_size) for o in out]
         return _like(out, (o[0] for o in pairs)), _like(out, (o[1] for o in pairs))
@@ -365,6 +368,12 @@ def _no_logits(out):
 def _like(out, items):
     "A tuple or list of the kind of `out`, named tuples too."
     return type(out)(*items) if hasattr(out, '_fields') else type(out)(items)
+
+def _like_mapping(out, items):
+    "A mapping of the kind of `out` where it can be made from names, such as the outputs of `transformers`; else a dict."
+    if type(out) is dict: return items
+    try: return type(out)(**items)
+    except Exception: return items
 
 # %% ../nbs/20_head.ipynb #3d91241e
 class NotDense(ValueError): "The model predicts something else than logits per pixel."
@@ -714,10 +723,12 @@ def add_dropclass(
     **kwargs, # Options of `DropClassHead`
 ) -> DropClassHead: # The head, now part of the model
     "Put a `DropClassHead` in the place of the model's classifier."
+    check_network(model)
     if get_head(model) is not None: raise ValueError("The model already has a DropClassHead: use `get_head`, or `remove_dropclass` first")
     if num_classes is not None: check_num_classes(num_classes)
     probe = make_probe(model) if probe is None else probe
     facts = inspect_classifier(model, classifier, num_classes, probe)
+    check_num_classes(facts.num_classes)
     *beside,layer = _checked_names(model, facts.names)
     options = {k:getattr(facts, k) for k in ('channels','num_classes','signed','form','dims')}
     head = DropClassHead(layer, **{**options, 'beside':[_Feed(o) for o in beside], **kwargs})
@@ -801,7 +812,7 @@ def _stack_outputs(plain, drop):
     "Stack two outputs of a model along the batch axis, tensor by tensor."
     if _no_logits(plain): return plain
     if isinstance(plain, Tensor): return torch.cat([plain, drop])
-    if isinstance(plain, Mapping): return {k:_stack_outputs(v, drop[k]) for k,v in plain.items() if v is not None}
+    if isinstance(plain, Mapping): return _like_mapping(plain, {k:_stack_outputs(v, drop[k]) for k,v in plain.items() if v is not None})
     if isinstance(plain, (tuple,list)): return _like(plain, (_stack_outputs(a, b) for a,b in zip(plain, drop)))
     raise TypeError(f"The model returns {type(plain).__name__}, whose two paths cannot be stacked: let it return a tensor, or a dict, tuple or list of tensors")
 

@@ -34,6 +34,7 @@ def loss_input(
     target:Tensor, # Labels (N,h,w), any integer type
 ) -> tuple: # Logits as plain float32 (float64 stays), labels as plain int64
     "Bring logits and labels to the types that losses need."
+    if not isinstance(logits, Tensor): raise TypeError(f"The model returned {type(logits).__name__}, a loss takes the tensor of logits: `logits['out']` or `logits.logits` say, or wrap the model in `dropclass.models.OutputAdapter` before the head is added")
     logits,target = plain_tensor(logits),plain_tensor(target)
     if target.is_floating_point():
         raise TypeError(f"`target` must hold class labels (integers), got {target.dtype}: convert with `.long()`, or take the argmax of probabilities")

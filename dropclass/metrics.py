@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from fastai.learner import Metric
-from .core import check_choice, check_num_classes, check_target, ClassSpec, eval_mode, VOID
+from .core import check_choice, check_network, check_num_classes, check_target, ClassSpec, eval_mode, VOID
 from .models import pick_logits
 from .ranks import sum_over_ranks
 
@@ -119,6 +119,7 @@ def evaluate(
     ignore_index:int=VOID, # The void label
 ) -> Tensor: # Pixel counts (C,C) of the whole data set, int64, on the CPU
     "Count what a model predicts on a data set."
+    check_network(model)
     where = next(model.parameters(), torch.empty(0)).device
     total = torch.zeros(num_classes, num_classes, dtype=torch.long, device=where)
     with torch.no_grad(), eval_mode(model):

@@ -495,3 +495,23 @@ def test_hard_pixels_of_nothing():
     loss = OhemLoss()(logits, torch.full((1, 3, 3), VOID))
     loss.backward()
     assert loss==0 and not logits.grad.any()
+
+
+def test_a_plain_fit_after_dropclass_answers_by_the_plain_path():
+    "What trains is what predicts, in the second plain fit as in the first, and each says so."
+    learn = toy_learner(n=16)
+    for _ in range(2):
+        learn.fit(2, cbs=DropClassCallback())
+        assert get_head(learn.model).predicts=='drop'
+        with pytest.warns(UserWarning, match='the plain path answers again'): learn.fit(1)
+        assert get_head(learn.model).predicts=='plain'
+
+
+def test_one_channel_leaves_no_head_behind():
+    "A network with one channel is refused before the first step, and stays as it was."
+    dls = toy_dls()
+    for o in ('c', 'vocab'):
+        if o in vars(dls): delattr(dls, o)
+    learn = Learner(dls, ToyNet(1), nn.BCEWithLogitsLoss())
+    with pytest.raises(ValueError, match='at least 2, got 1'): learn.fit(1, cbs=DropClassCallback())
+    assert get_head(learn.model) is None

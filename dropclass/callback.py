@@ -27,7 +27,7 @@ from .data_core import class_counts
 from .features import cycled_class, draw_weights, dropped_class, sample_keep_mask
 from .fused import find_resize, fuses, resize_dropclass_loss
 from .head import HEAD_CHOICES, HEAD_OPTIONS, add_dropclass, get_head, main_output, remove_dropclass, split_paths, uncompiled
-from .losses import check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, per_pixel_loss, plain_tensor, total_loss, strip_weights
+from .losses import NotPerPixel, check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, per_pixel_loss, plain_tensor, total_loss, strip_weights
 from .ranks import num_ranks, pixel_shares, shared_weights, sum_over_ranks
 from .schedules import as_schedule, global_step, schedule_value
 
@@ -117,7 +117,8 @@ def setup_draw(self:DropClassCallback):
         parts = [o.strip() for o in str(unknown[0]).split(',')]
         raise ValueError(f"`never_drop` names {unknown[0]!r}, which is no class; " + (f"several are written as {tuple(parts)}; " if len(parts)>1 else '') + f"the classes are {', '.join(self.names)}")
     never = {self.names.index(o) if isinstance(o, str) else o for o in self.never_drop}
-    learned = [i for i in range(len(self.names)) if i!=get_ignore_index(self.loss_func)] # A class without labels is not drawn
+    ignored = get_ignore_index(self.loss_func)
+    learned = [i for i in range(len(self.names)) if i!=ignored] # A class without labels is not drawn
     self.droppable = [i for i in learned if i not in never]
     if not self.droppable: raise ValueError(f"`never_drop` names all {len(learned)} classes{' that the loss does not ignore' if len(learned)<len(self.names) else ''}, so none can be dropped: leave at least one out of it")
     self.draw_weights = self.fixed_weights()
@@ -194,8 +195,8 @@ def check_loss(self:DropClassCallback):
     C,pixels = len(self.names),dict(device=where, dtype=torch.long)
     size = (1, 2*C+1) # As many pixels as no count of classes or images
     try: per_pixel_loss(torch.zeros(1, C, *size, device=where), torch.zeros(1, *size, **pixels), torch.ones(1, *size, **pixels).bool(), self.loss_func)
+    except NotPerPixel: raise # It says all
     except Exception as e:
-        if 'one value per pixel' in str(e): raise # It says all
         name = getattr(self.loss_func, '__name__', type(self.loss_func).__name__)
         raise ValueError(f"{name} has no `ignore_index`, so it was tried on logits (1,{C},1,{size[1]}) and labels (1,1,{size[1]}), one value per pixel, and failed ({e}): give a loss of logits (N,C,H,W) and labels (N,H,W)") from e
 

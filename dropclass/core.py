@@ -109,7 +109,7 @@ class ClassSpec:
         if twice: raise ValueError(f"Class names must differ, got {', '.join(twice)} more than once")
         if len(colors)!=len(names): raise ValueError(f"Got {len(colors)} colours for {len(names)} classes: give one per class, or None")
         wrong = next((o for o in colors if len(o)!=3 or not all(0<=v<=255 for v in o)), None)
-        if wrong: raise ValueError(f"A colour is red, green and blue in 0..255, got {wrong}")
+        if wrong is not None: raise ValueError(f"A colour is red, green and blue in 0..255, got {wrong}")
         if 0<=self.ignore_index<len(names):
             raise ValueError(f"`ignore_index` {self.ignore_index} is also the label of class {names[self.ignore_index]!r}: use one outside 0..{len(names)-1}, {VOID if len(names)<=VOID else -1} say")
         object.__setattr__(self, 'names', names)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['plain_tensor', 'loss_input', 'get_ignore_index', 'check_void', 'cross_entropy_options', 'pixel_loss_sum',
-           'pixel_count', 'pixel_loss', 'no_reduction', 'per_pixel_loss', 'masked_target', 'other_loss',
+           'pixel_count', 'pixel_loss', 'no_reduction', 'NotPerPixel', 'per_pixel_loss', 'masked_target', 'other_loss',
            'segmentation_loss', 'mean_prob', 'suppression_loss', 'strip_weights', 'drop_path_losses', 'total_loss',
            'StepPaths', 'choose_paths', 'dropclass_loss']
 
@@ -138,6 +138,8 @@ def no_reduction(
         if old is not None: loss_func.reduction = old
 
 # %% ../nbs/12_losses.ipynb #aeb33b9d
+class NotPerPixel(ValueError): "The loss gives other numbers than one per pixel."
+
 def per_pixel_loss(
     logits:Tensor, # Logits (N,C,h,w)
     target:Tensor, # Labels (N,h,w)
@@ -152,7 +154,7 @@ def per_pixel_loss(
     with no_reduction(base_loss): losses = plain_tensor(base_loss(pixels, labels, **kwargs))
     if losses.numel()==labels.numel(): return losses.flatten()
     name = getattr(base_loss, '__name__', type(base_loss).__name__)
-    raise ValueError(f"{name} must give one value per pixel with reduction='none' to leave pixels out, got {losses.numel()} values for "
+    raise NotPerPixel(f"{name} must give one value per pixel with reduction='none' to leave pixels out, got {losses.numel()} values for "
                      f"{labels.numel()} pixels: give the loss an `ignore_index`, or a `reduction` that can be 'none'")
 
 # %% ../nbs/12_losses.ipynb #9c2b9489

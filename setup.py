@@ -18,7 +18,7 @@ def lines(key):
 suffix = '_requirements'
 setup(
     version=re.search(r'^__version__ = "([^"]+)"', init, re.MULTILINE)[1],
-    package_data={settings['lib_name']: ['*.json', '*.j2']},
+    package_data={settings['lib_name']+'.analysis': ['*.json', '*.j2']},
     install_requires=lines('requirements'),
     extras_require={key[:-len(suffix)]: lines(key) for key in settings if key.endswith(suffix)},
     entry_points={'console_scripts': lines('console_scripts'),

@@ -12,8 +12,8 @@ import torch
 from fastcore.script import call_parse
 
 from common import make_base, measure, parse_size, setting, show, spread, write_csv
-from dropclass.analysis_context import colocation, erase, image_counts, image_stats, make_fill
-from dropclass.data_scenes import scenes_dls
+from dropclass.analysis.context import colocation, erase, image_counts, image_stats, make_fill
+from dropclass.data.scenes import scenes_dls
 
 
 def ways(model, batches, spec):

@@ -20,10 +20,10 @@ import torch
 from fastcore.script import call_parse, store_true
 
 from common import build_step, make_base, make_batch, measure, setting, show, spread, synchronize, write_csv
-from dropclass.data_camvid import camvid_dls
-from dropclass.data_core import write_toy_folder
-from dropclass.data_folder import folder_dls
-from dropclass.data_scenes import scenes_dls
+from dropclass.data.camvid import camvid_dls
+from dropclass.data.core import write_toy_folder
+from dropclass.data.folder import folder_dls
+from dropclass.data.scenes import scenes_dls
 
 
 def data_sets(folder, camvid, device, small):

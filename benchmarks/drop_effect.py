@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from dropclass.analysis_context import FILLS, colocation
-from dropclass.analysis_drop import drop_effect
-from dropclass.experiment import load_run
+from dropclass.analysis.context import FILLS, colocation
+from dropclass.analysis.drop import drop_effect
+from dropclass.run.experiment import load_run
 
 
 def main():

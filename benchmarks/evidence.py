@@ -14,13 +14,13 @@ from statistics import median
 import pandas as pd
 import torch
 
-from dropclass.analysis_bias import bias_scores, pair_confusions, proxy_values, rank_agreement, worst_confusions
-from dropclass.analysis_context import colocation, erase, image_counts, image_stats, iter_batches, make_fill, open_data, open_model, robustness_table
-from dropclass.analysis_entanglement import MEASURES, entanglement, entanglement_table
-from dropclass.analysis_figures import differences, plot_differences, plot_grad_cam
-from dropclass.compare import comparison
+from dropclass.analysis.bias import bias_scores, pair_confusions, proxy_values, rank_agreement, worst_confusions
+from dropclass.analysis.context import colocation, erase, image_counts, image_stats, iter_batches, make_fill, open_data, open_model, robustness_table
+from dropclass.analysis.entanglement import MEASURES, entanglement, entanglement_table
+from dropclass.analysis.figures import differences, plot_differences, plot_grad_cam
+from dropclass.run.compare import comparison
 from dropclass.core import eval_mode
-from dropclass.experiment import load_run, write_json
+from dropclass.run.experiment import load_run, write_json
 
 
 def naive_colocation(model, data, spec):

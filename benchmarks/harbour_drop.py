@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from dropclass.analysis_context import HARBOUR, colocation, harbour
-from dropclass.analysis_drop import compare_removals, drop_effect, train_harbour_drop
+from dropclass.analysis.context import HARBOUR, colocation, harbour
+from dropclass.analysis.drop import compare_removals, drop_effect, train_harbour_drop
 from dropclass.metrics import class_iou
 
 ARMS = {'no drop': dict(drop=0.), 'DropClass': dict(drop=1.), "DropClass, alpha 10": dict(drop=1., alpha=10.)}

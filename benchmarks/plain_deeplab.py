@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
 
-from dropclass.data_scenes import scenes_dls
+from dropclass.data.scenes import scenes_dls
 
 
 def settle_norms(model, batches):

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dropclass.analysis_bias import bias_scores, pair_confusions, proxy_values, rank_agreement, worst_confusions
-from dropclass.analysis_context import (HARBOUR, PIXELS, as_spec, colocation, erase, harbour, image_stats, load_colocation,
+from dropclass.analysis.bias import bias_scores, pair_confusions, proxy_values, rank_agreement, worst_confusions
+from dropclass.analysis.context import (HARBOUR, PIXELS, as_spec, colocation, erase, harbour, image_stats, load_colocation,
                                         make_fill, open_model, robustness_table, vulnerable_classes)
-from dropclass.analysis_drop import compare_removals, drop_effect, load_drop_effect
-from dropclass.analysis_entanglement import MEASURES, cosine_matrix, entanglement, entanglement_table, row_sums
-from dropclass.analysis_paper import paper_checks, paper_data, paper_table
+from dropclass.analysis.drop import compare_removals, drop_effect, load_drop_effect
+from dropclass.analysis.entanglement import MEASURES, cosine_matrix, entanglement, entanglement_table, row_sums
+from dropclass.analysis.paper import paper_checks, paper_data, paper_table
 from dropclass.core import VOID
 from dropclass.head import add_dropclass
 from dropclass.metrics import class_iou, evaluate
@@ -38,7 +38,7 @@ def test_paper_numbers_add_up():
 def test_paper_slip_would_show(monkeypatch):
     data = json.loads(json.dumps(paper_data()))
     data['tables']['4']['rows'][1][5] += 3 # The baseline's I* of one class
-    monkeypatch.setattr('dropclass.analysis_paper.paper_data', lambda: data)
+    monkeypatch.setattr('dropclass.analysis.paper.paper_data', lambda: data)
     checks = paper_checks()
     assert (checks.off>checks.allowed+1e-9).sum()>=2
 
@@ -204,7 +204,7 @@ def test_kept_counts(two, tmp_path):
     assert (tmp_path/'co.json').stat().st_size<20000
 
 def test_pictures(two, tmp_path):
-    from dropclass.analysis_context import plot_robustness
+    from dropclass.analysis.context import plot_robustness
     for i,ax in enumerate([two[0].plot(), plot_robustness(robustness_table(*two)), entanglement(wide_net(4)).plot()]):
         ax.figure.savefig(tmp_path/f'{i}.png')
         assert ax.get_ylabel() or ax.get_xlabel() or ax.get_title()
@@ -235,7 +235,7 @@ def test_inpainting_for_real():
 def test_grad_cam_against_captum(kernel_size, mask, layer):
     "The same maps, at the input of the classifier and of an earlier layer."
     from captum.attr import LayerGradCam
-    from dropclass.analysis_figures import cam_layer, cam_masks, grad_cam
+    from dropclass.analysis.figures import cam_layer, cam_masks, grad_cam
     net,(x,y) = ToyNet(4, kernel_size=kernel_size).eval(),toy_batch()
     ours = grad_cam(net, x, range(4), mask, y, layer)
     masks = cam_masks(mask, net(x).detach(), range(4), y)
@@ -248,7 +248,7 @@ def test_grad_cam_against_captum(kernel_size, mask, layer):
 @pytest.mark.parametrize('path', ['plain','drop','mean'])
 def test_grad_cam_of_both_paths_against_captum(path):
     from captum.attr import LayerGradCam
-    from dropclass.analysis_figures import grad_cam
+    from dropclass.analysis.figures import grad_cam
     net,(x,_) = ToyNet(4),toy_batch()
     head = add_dropclass(net)
     head.predict = path
@@ -259,7 +259,7 @@ def test_grad_cam_of_both_paths_against_captum(path):
 
 def test_grad_cam_of_a_linear_classifier():
     "Channels come last, as in transformers."
-    from dropclass.analysis_figures import grad_cam
+    from dropclass.analysis.figures import grad_cam
     class Last(nn.Module):
         def __init__(self): super().__init__(); self.net,self.classifier = nn.Conv2d(3, 8, 3, padding=1),nn.Linear(8, 4)
         def forward(self, x): return self.classifier(self.net(x).relu().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
@@ -270,7 +270,7 @@ def test_grad_cam_of_a_linear_classifier():
     assert torch.allclose(grad_cam(net, x, range(4), layer='classifier'), grad_cam(other, x, range(4)), atol=1e-7)
 
 def test_grad_cam_leaves_nothing_behind():
-    from dropclass.analysis_figures import grad_cam
+    from dropclass.analysis.figures import grad_cam
     net,(x,_) = ToyNet(4).train(),toy_batch()
     state = {k:v.clone() for k,v in net.state_dict().items()}
     grad_cam(net, x, [0])
@@ -278,7 +278,7 @@ def test_grad_cam_leaves_nothing_behind():
     assert all(o.grad is None for o in net.parameters()) and not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
 
 def test_differences_from_first_principles():
-    from dropclass.analysis_figures import differences
+    from dropclass.analysis.figures import differences
     batches,nets = [toy_batch(3, seed=i) for i in range(3)],[wide_net(4, seed) for seed in (0, 1)]
     found = differences(*nets, batches, 4)
     assert found.counts.shape==(9,2,4,4) and found.labels==('base','other')
@@ -293,7 +293,7 @@ def test_differences_from_first_principles():
     assert pixels==sorted(pixels, reverse=True) and all(pixels)
 
 def test_boxes_cover_the_differences():
-    from dropclass.analysis_figures import difference_boxes
+    from dropclass.analysis.figures import difference_boxes
     mask = torch.rand(40, 60, generator=torch.Generator().manual_seed(0))>.99
     covered = torch.zeros_like(mask)
     for top,left,bottom,right in difference_boxes(mask, k=99, least=1): covered[top:bottom,left:right] = True
@@ -301,8 +301,8 @@ def test_boxes_cover_the_differences():
 
 def test_pictures_of_a_learner():
     "A DataLoader that normalises is undone."
-    from dropclass.analysis_figures import to_picture
-    from dropclass.data_scenes import scenes_dls
+    from dropclass.analysis.figures import to_picture
+    from dropclass.data.scenes import scenes_dls
     dls = scenes_dls(n_train=4, n_valid=2, bs=2, size=(32,48))
     x,_ = dls.valid.one_batch()
     shown = to_picture(x, dls.valid)
@@ -376,7 +376,7 @@ def test_confusions_sum_up():
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "Two tiny runs on scenes."
-    from dropclass.experiment import Config, train_run
+    from dropclass.run.experiment import Config, train_run
     folder,common = tmp_path_factory.mktemp('runs'),dict(data='scenes', arch='small', epochs=1, bs=4, size=(32,48), data_options=dict(n_train=8, n_valid=6))
     for method in ('plain','dropclass'): train_run(Config(method=method, **common), folder/method, progress=False, write=lambda o: None)
     return folder
@@ -421,7 +421,7 @@ def test_analyses_of_run_folders(runs):
     assert pixels[:-1].is_monotonic_increasing and pixels[:-1].sum()==pytest.approx(100)
 
 def test_counts_are_those_of_the_run(runs):
-    from dropclass.experiment import load_run
+    from dropclass.run.experiment import load_run
     run = load_run(runs/'dropclass')
     for path in ('plain','drop'):
         for test in ('valid','unbiased'):

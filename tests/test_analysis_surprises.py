@@ -12,17 +12,17 @@ from torch.nn import functional as F
 from torch.nn.utils import weight_norm
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
-import dropclass.analysis_context
-from dropclass.analysis_context import colocation, inpaint, open_model, robustness_table
-from dropclass.analysis_entanglement import classifier_weight, entanglement
-from dropclass.analysis_figures import cam_layer, grad_cam, take_images
-from dropclass.audit import audit, erased_example, measure_network
-from dropclass.compare import difference_text
+import dropclass.analysis.context
+from dropclass.analysis.context import colocation, inpaint, open_model, robustness_table
+from dropclass.analysis.entanglement import classifier_weight, entanglement
+from dropclass.analysis.figures import cam_layer, grad_cam, take_images
+from dropclass.analysis.audit import audit, erased_example, measure_network
+from dropclass.run.compare import difference_text
 from dropclass.core import VOID, ClassSpec
-from dropclass.data_sampling import image_class_counts
+from dropclass.data.sampling import image_class_counts
 from dropclass.head import add_dropclass
 from dropclass.testing import ToyNet, toy_batch
-from dropclass.widgets import drop_explorer
+from dropclass.analysis.widgets import drop_explorer
 
 
 @pytest.fixture
@@ -203,5 +203,5 @@ def test_networks_of_runs_go_to_the_device(monkeypatch, tmp_path):
         def load_model(self): return ToyNet()
     where = lambda o: next(o.model.parameters()).device.type
     assert where(open_model(Saved(), device='meta'))=='meta' and where(open_model(Saved(), device='cpu'))=='cpu'
-    monkeypatch.setattr(dropclass.analysis_context, 'default_device', lambda: 'meta')
+    monkeypatch.setattr(dropclass.analysis.context, 'default_device', lambda: 'meta')
     assert where(open_model(Saved()))=='meta'

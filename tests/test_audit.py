@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dropclass.analysis_context import HARBOUR, harbour, train_harbour
-from dropclass.audit import (RULES, audit, audit_advice, audit_files, build_network, class_advice, fit_names, load_network, open_images, pair_advice, picture_files)
+from dropclass.analysis.context import HARBOUR, harbour, train_harbour
+from dropclass.analysis.audit import (RULES, audit, audit_advice, audit_files, build_network, class_advice, fit_names, load_network, open_images, pair_advice, picture_files)
 from dropclass.core import VOID, ClassSpec
 from dropclass.head import add_dropclass
 from dropclass.metrics import class_iou, evaluate, mean_iou
@@ -43,7 +43,7 @@ def two(batches): return audit(net(), batches, HARBOUR, other=net(seed=1), label
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "Two tiny runs on scenes."
-    from dropclass.experiment import Config, train_run
+    from dropclass.run.experiment import Config, train_run
     folder,common = tmp_path_factory.mktemp('runs'),dict(data='scenes', arch='small', epochs=1, bs=4, size=(32,48), data_options=dict(n_train=8, n_valid=6))
     for method in ('plain','dropclass'): train_run(Config(method=method, **common), folder/method, progress=False, write=lambda o: None)
     return folder
@@ -189,7 +189,7 @@ def test_run_folders(runs, tmp_path):
     assert [o.label for o in found.networks]==['plain','dropclass'] and found.counts_are=='the training set'
     assert 'run dropclass (dropclass, 1 epochs on scenes)' in found.report(tmp_path/'r.md')[0].read_text()
     unbiased = audit(runs/'plain', test='unbiased', progress=False)
-    from dropclass.experiment import load_run
+    from dropclass.run.experiment import load_run
     assert torch.equal(unbiased.context.confusion, load_run(runs/'plain').confusion('unbiased'))
 
 def test_torch_dataloader_and_dict_output():
@@ -326,7 +326,7 @@ def test_prefixes(prefix):
 
 def test_dropclass_weights(runs, tmp_path):
     "A run's weights file brings its head."
-    from dropclass.experiment import load_run
+    from dropclass.run.experiment import load_run
     run = load_run(runs/'dropclass')
     model,x = load_network(runs/'dropclass'/'weights.safetensors', 'small', 15),torch.randn(2, 3, 32, 48)
     assert torch.equal(model(x), run.load_model()(x))
@@ -339,14 +339,14 @@ def test_other_libraries(arch, tmp_path):
     assert audit(load_network(tmp_path/'w.safetensors', arch, 3), [(x, y)], 3, progress=False).images==2
 
 def test_folders(tmp_path):
-    from dropclass.data_camvid import write_toy_camvid
+    from dropclass.data.camvid import write_toy_camvid
     dl,spec,counts = open_images(write_toy_camvid(tmp_path/'camvid'), size=(48,64))
     assert len(spec)==len(counts)==11 and len(dl.dataset)==3
 
 def test_images_of_a_folder_are_shown_as_the_run_was_trained(tmp_path):
     "A run on other images of the same kind: its own size, unless another is given."
-    from dropclass.data_camvid import write_toy_camvid
-    from dropclass.experiment import Config, train_run
+    from dropclass.data.camvid import write_toy_camvid
+    from dropclass.run.experiment import Config, train_run
     data = write_toy_camvid(tmp_path/'camvid')
     run = train_run(Config(data='camvid', path=str(data), method='plain', arch='small', epochs=1, bs=2, size=(48,64)), tmp_path/'run', progress=False, write=lambda o: None)
     own,other,given = (audit_files([run.folder], progress=False, **o) for o in ({}, {'data':data}, {'data':data, 'size':(96,128)}))
@@ -379,7 +379,7 @@ def test_run_and_weights_side_by_side(runs):
 def command(tmp_path_factory):
     "Run the command in a process of its own, as its console script does."
     script = tmp_path_factory.mktemp('bin')/'dropclass-audit.py'
-    script.write_text("import sys\nfrom dropclass.cli import audit\nif __name__=='__main__': sys.exit(audit())\n")
+    script.write_text("import sys\nfrom dropclass.run.cli import audit\nif __name__=='__main__': sys.exit(audit())\n")
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
     return lambda *args: subprocess.run([sys.executable, str(script), *map(str, args)], capture_output=True, text=True, env=env)
 

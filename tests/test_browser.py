@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(not (browser and driver), reason="no Chromium an
 patience = 90 # Seconds for anything to appear
 
 cells = ["""
-from dropclass.analysis_context import HARBOUR, harbour, train_harbour
-from dropclass.widgets import colocation_explorer, drop_explorer, schedule_explorer
+from dropclass.analysis.context import HARBOUR, harbour, train_harbour
+from dropclass.analysis.widgets import colocation_explorer, drop_explorer, schedule_explorer
 habit,batches = train_harbour(steps=60),[harbour(6, seed=100)]
 print('the network', 'is ready')
 """, "drop_explorer(habit, batches, HARBOUR, start='boat')", "schedule_explorer(HARBOUR.names)", "colocation_explorer(habit, batches, HARBOUR)"]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dropclass.data_camvid import write_toy_camvid
+from dropclass.data.camvid import write_toy_camvid
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT/'benchmarks'/'camvid'/'run.py'
@@ -38,7 +38,7 @@ def rows(home): return script.read_rows(home/'results'/'toy.csv')
 
 
 def test_every_plan_that_comes_along_is_sound():
-    from dropclass.experiment import Config
+    from dropclass.run.experiment import Config
     for file in (ROOT/'benchmarks').glob('*/*.json'):
         plan = script.read_plan(str(file))
         assert len(plan['runs'])>=25 and len(set(plan['runs']))==len(plan['runs'])
@@ -98,7 +98,7 @@ def test_rows_of_code_with_the_same_numbers_are_welcome(home, tmp_path):
     for name,more in changed.items():
         for o in ('dropclass', 'benchmarks'): shutil.copytree(ROOT/o, tmp_path/name/o, ignore=shutil.ignore_patterns('__pycache__'))
         (tmp_path/name/'COMMIT').write_text(f'{name}00'[:10])
-        with open(tmp_path/name/'dropclass'/'experiment.py', 'a') as f: f.write('\n'+more+'\n')
+        with open(tmp_path/name/'dropclass'/'run'/'experiment.py', 'a') as f: f.write('\n'+more+'\n')
     refused = go(home, '--results', str(results), '--same', str(tmp_path/'refused'), '--epochs', '2')
     assert refused.returncode==1 and 'numbers differ' in refused.stderr and not (results/'same_code.json').is_file()
     table = results/'toy.csv'
@@ -197,7 +197,7 @@ def test_packed_folder_runs_on_its_own(home, tmp_path):
     assert result.returncode==0, result.stdout+result.stderr
     rows = script.read_rows(tmp_path/'packed'/'results'/'toy.csv')
     assert len(rows)==2 and rows[0]['code']==script.code_hash()
-    from dropclass.data_camvid import camvid_items
+    from dropclass.data.camvid import camvid_items
     (x,y),(a,b) = camvid_items(tmp_path/'packed'/'camvid', size=None)[0][0],camvid_items(home/'data', size=None)[0][0]
     assert (y==b).all() and (x.float()-a.float()).abs().mean()<8
     with pytest.raises(FileExistsError): pack.pack(tmp_path/'packed', home/'data')

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import dropclass.cli
+import dropclass.run.cli
 
 COMMANDS = ('train', 'compare', 'predict', 'demo', 'audit')
-SCRIPT = "import sys\nfrom dropclass.cli import {0}\nif __name__=='__main__': sys.exit({0}())\n" # What pip writes for a console script
+SCRIPT = "import sys\nfrom dropclass.run.cli import {0}\nif __name__=='__main__': sys.exit({0}())\n" # What pip writes for a console script
 TINY = ['--bs', '4', '--size', '32x48', '--threads', '1', '--data-options', 'n_train=8,n_valid=4']
-ENV = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join([str(Path(dropclass.cli.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
+ENV = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join([str(Path(dropclass.run.cli.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
 
 
 @pytest.fixture(scope='module')
@@ -79,7 +79,7 @@ def test_help_is_quick_and_complete(start, name):
 
 def test_console_scripts_are_declared():
     text = (Path(__file__).parents[1]/'settings.ini').read_text()
-    for o in COMMANDS: assert f'dropclass-{o} = dropclass.cli:{o}' in text and callable(getattr(dropclass.cli, o))
+    for o in COMMANDS: assert f'dropclass-{o} = dropclass.run.cli:{o}' in text and callable(getattr(dropclass.run.cli, o))
 
 
 @pytest.mark.parametrize('local,said', [('0', True), ('1', False)])
@@ -134,7 +134,7 @@ def test_seeds_are_taken_together(command, tmp_path):
 
 def test_recipes_are_printed_in_full_and_can_be_changed(start, command, tmp_path):
     from dataclasses import fields
-    from dropclass.experiment import RECIPES, Config
+    from dropclass.run.experiment import RECIPES, Config
     code,out,err = finish(start('train', '--list-recipes'))
     assert (code, err)==(0, '') and [o.split()[1] for o in out.splitlines() if o.startswith('Recipe')]==list(RECIPES)
     for o in fields(Config): assert out.count(f'\n{o.name} ')==len(RECIPES)
@@ -169,8 +169,8 @@ def test_predict_writes_masks_of_the_images_size(runs, start, tmp_path):
 
 
 def test_predict_sees_what_validation_saw(runs, command, tmp_path):
-    from dropclass.data_scenes import Scenes
-    from dropclass.experiment import load_run, make_data
+    from dropclass.data.scenes import Scenes
+    from dropclass.run.experiment import load_run, make_data
     from dropclass.metrics import confusion_matrix
     run = load_run(runs[0]/'dropclass')
     ds,cm = make_data(run.config).valid.dataset,0
@@ -237,7 +237,7 @@ def test_missing_arguments_exit_2(command):
 
 
 def test_interrupted_before_the_first_epoch_leaves_nothing(command, tmp_path, monkeypatch):
-    import dropclass.experiment as experiment
+    import dropclass.run.experiment as experiment
     def interrupted(config, out, *args, **kwargs):
         experiment.open_folder(out, config)
         raise KeyboardInterrupt
@@ -303,7 +303,7 @@ def test_demo_stops_both_when_one_fails(monkeypatch, tmp_path, command):
         code = "raise SystemExit('No space left')" if config['method']=='plain' else "import time; time.sleep(60)"
         with open(out.with_suffix('.log'), 'w') as log: started.append(subprocess.Popen([sys.executable, '-c', code], stderr=log))
         return started[-1]
-    monkeypatch.setattr(dropclass.cli, '_start', fake)
+    monkeypatch.setattr(dropclass.run.cli, '_start', fake)
     code,_,err = command('demo', '--out', tmp_path/'demo')
     assert code==2 and 'Training plain failed: No space left' in err and len(err.splitlines())==1
     assert started[1].poll() is not None

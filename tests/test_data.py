@@ -14,12 +14,12 @@ from fastai.learner import Learner
 from fastai.torch_core import TensorImage, TensorMask
 from PIL import Image
 
-from dropclass import data_camvid
+from dropclass.data import camvid as data_camvid
 from dropclass.core import VOID, ClassSpec
-from dropclass.data_camvid import camvid_dls, camvid_items, write_toy_camvid
-from dropclass.data_core import (BatchTransform, SegmentationItems, class_stats, crop_coords, crop_images, crop_masks, make_dls,
+from dropclass.data.camvid import camvid_dls, camvid_items, write_toy_camvid
+from dropclass.data.core import (BatchTransform, SegmentationItems, class_stats, crop_coords, crop_images, crop_masks, make_dls,
                                  median_frequency_weights, pair_files, read_image, read_mask, write_toy_folder)
-from dropclass.data_folder import folder_dls
+from dropclass.data.folder import folder_dls
 from dropclass.testing import ToyNet
 
 SPEC = ClassSpec(('ground','wall','sky'))

@@ -11,15 +11,15 @@ from fastai.callback.core import Callback
 from PIL import Image
 from torch import nn
 
-from dropclass.audit import _head_options, audit_files, load_network
-from dropclass.cli import default_folder, make_config
-from dropclass.compare import comparison, describe_arms, describe_comparison, compare_arms, group_arms, predict_images, predict_mask, read_run
+from dropclass.analysis.audit import _head_options, audit_files, load_network
+from dropclass.run.cli import default_folder, make_config
+from dropclass.run.compare import comparison, describe_arms, describe_comparison, compare_arms, group_arms, predict_images, predict_mask, read_run
 from dropclass.core import ClassSpec
-from dropclass.data_camvid import write_toy_camvid
-from dropclass.data_core import SegmentationItems, check_counts, pair_files, write_toy_folder
-from dropclass.data_folder import folder_dls
-from dropclass.data_voc import voc_dls, write_toy_voc
-from dropclass.experiment import Config, config_hash, make_data, make_learner, train_run
+from dropclass.data.camvid import write_toy_camvid
+from dropclass.data.core import SegmentationItems, check_counts, pair_files, write_toy_folder
+from dropclass.data.folder import folder_dls
+from dropclass.data.voc import voc_dls, write_toy_voc
+from dropclass.run.experiment import Config, config_hash, make_data, make_learner, train_run
 from dropclass.metrics import class_iou, mean_iou
 
 SMALL = dict(data='scenes', epochs=1, bs=4, size=(32,48), threads=1, data_options=dict(n_train=8, n_valid=4))
@@ -176,7 +176,7 @@ def test_a_run_that_fails_at_once_leaves_nothing(tmp_path, monkeypatch):
     "The folder is free again for the next try."
     def fail(*args, **kwargs): raise RuntimeError('out of memory')
     with monkeypatch.context() as m:
-        m.setattr('dropclass.experiment.save_checkpoint', fail) # History is written by then
+        m.setattr('dropclass.run.experiment.save_checkpoint', fail) # History is written by then
         with pytest.raises(RuntimeError, match='out of memory'): quiet(Config(**SMALL), tmp_path/'run')
     assert not (tmp_path/'run').exists()
     quiet(Config(**SMALL), tmp_path/'run')
@@ -244,14 +244,14 @@ def test_masks_of_more_classes_than_a_byte_holds():
 
 @pytest.mark.parametrize(('cache','given','workers'), [(True,0,0), (False,0,2), (False,1,1)])
 def test_images_on_disk_are_read_by_workers(monkeypatch, tmp_path, cache, given, workers):
-    monkeypatch.setattr('dropclass.data_core.num_cpus', lambda: 2)
+    monkeypatch.setattr('dropclass.data.core.num_cpus', lambda: 2)
     images,masks = write_toy_folder(tmp_path, n=10)
     dls = folder_dls(images, masks, ['ground','wall','sky'], bs=2, num_workers=given or None, cache=cache)
     assert dls.train.fake_l.num_workers==workers
 
 
 def test_workers_of_a_configuration_are_the_data_sets_own(monkeypatch, tmp_path):
-    monkeypatch.setattr('dropclass.data_core.num_cpus', lambda: 2)
+    monkeypatch.setattr('dropclass.data.core.num_cpus', lambda: 2)
     write_toy_camvid(tmp_path)
     config = lambda n, cache: Config(data='camvid', path=str(tmp_path), bs=2, num_workers=n, data_options=dict(cache=cache))
     assert [make_data(config(n, cache)).train.fake_l.num_workers for n,cache in ((0,True),(0,False),(3,False))]==[0,2,3]

@@ -9,13 +9,13 @@ from fastai.learner import Learner
 from PIL import Image
 from torchvision.datasets import Cityscapes, SBDataset, VOCSegmentation
 
-from dropclass import data_core
+from dropclass.data import core as data_core
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID
-from dropclass.data_ade20k import ADE20K, ade20k_dls, ade20k_items, ade20k_pairs, write_toy_ade20k
-from dropclass.data_cityscapes import CITYSCAPES, cityscapes_dls, cityscapes_items, cityscapes_pairs, write_toy_cityscapes
-from dropclass.data_core import FittedItems, class_stats, read_image, workers_for
-from dropclass.data_voc import TRAINAUG, VOC, VocItems, voc_dls, voc_items, voc_pairs, write_toy_voc
+from dropclass.data.ade20k import ADE20K, ade20k_dls, ade20k_items, ade20k_pairs, write_toy_ade20k
+from dropclass.data.cityscapes import CITYSCAPES, cityscapes_dls, cityscapes_items, cityscapes_pairs, write_toy_cityscapes
+from dropclass.data.core import FittedItems, class_stats, read_image, workers_for
+from dropclass.data.voc import TRAINAUG, VOC, VocItems, voc_dls, voc_items, voc_pairs, write_toy_voc
 from dropclass.testing import ToyNet
 
 

@@ -24,11 +24,11 @@ from fastai.optimizer import OptimWrapper
 from functools import partial
 from safetensors.torch import load_file
 
-from dropclass.baselines import FadeWeightsCallback
+from dropclass.rivals import FadeWeightsCallback
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID, step_generator
-from dropclass.distributed import RankDL, over_ranks, split_dl
-from dropclass.experiment import Config, RunRecorder, load_run, train_run
+from dropclass.run.distributed import RankDL, over_ranks, split_dl
+from dropclass.run.experiment import Config, RunRecorder, load_run, train_run
 from dropclass.features import dropped_class, sample_keep_mask
 from dropclass.head import add_dropclass, fold_dropclass, get_head, split_paths
 from dropclass.losses import dropclass_loss
@@ -59,7 +59,7 @@ def on_ranks(job, world, folder, timeout=100):
     "Run a job in several processes; what each of them found."
     folder.mkdir(exist_ok=True)
     context = mp.get_context('forkserver') # One server imports fastai, once, and forks before any thread is started
-    context.set_forkserver_preload(['dropclass.distributed', 'dropclass.experiment', 'dropclass.data_scenes', 'dropclass.testing'])
+    context.set_forkserver_preload(['dropclass.run.distributed', 'dropclass.run.experiment', 'dropclass.data.scenes', 'dropclass.testing'])
     port = free_port()
     jobs = [context.Process(target=rank_main, args=(job, r, world, port, str(folder)), daemon=True) for r in range(world)]
     for p in jobs: p.start()
@@ -305,7 +305,7 @@ def test_resuming_with_another_number_of_processes_is_refused(folders):
 
 def test_run_counts_what_its_weights_predict(folders):
     "The sums over ranks in the folder are those of one process with the same weights."
-    from dropclass.experiment import make_data
+    from dropclass.run.experiment import make_data
     run = load_run(folders[0]/'whole'/'run 0')
     counts = evaluate(run.load_model(), make_data(TINY).valid, len(run.spec))
     assert torch.equal(run.confusion('valid'), counts)
@@ -322,7 +322,7 @@ LAUNCHERS = {'torchrun':['torch.distributed.run', '--standalone', '--local-addr'
 def test_launchers_start_dropclass_train(tmp_path, launcher):
     out,(module,*options) = tmp_path/'run',LAUNCHERS[launcher]
     if launcher=='accelerate': options += ['--main_process_port', str(free_port())]
-    command = ['dropclass.distributed', 'scenes', '--epochs', '2', '--bs', '4', '--size', '32x48', '--data-options', 'n_train=20,n_valid=5', '--threads', '1', '--out', str(out)]
+    command = ['dropclass.run.distributed', 'scenes', '--epochs', '2', '--bs', '4', '--size', '32x48', '--data-options', 'n_train=20,n_valid=5', '--threads', '1', '--out', str(out)]
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'GLOO_SOCKET_IFNAME':'lo'}
     res = subprocess.run([sys.executable, '-m', module, *options, '-m', *command], env=env, text=True, capture_output=True, timeout=120)
     assert res.returncode==0, res.stderr

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dropclass.experiment import Config, RunRecorder, config_hash, load_run, make_data, random_states, read_config, set_random_states, train_run
+from dropclass.run.experiment import Config, RunRecorder, config_hash, load_run, make_data, random_states, read_config, set_random_states, train_run
 from fastai.callback.core import Callback
 
 TINY = Config(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=8, n_valid=4), threads=1)
@@ -103,7 +103,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
         import resource, signal, sys
         from dataclasses import replace
         from fastai.callback.core import Callback
-        from dropclass.experiment import Config, RunRecorder, train_run
+        from dropclass.run.experiment import Config, RunRecorder, train_run
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         class Fill(Callback):
             order = RunRecorder.order-1
@@ -199,7 +199,7 @@ def test_bfloat16_resumes_bit_for_bit(tmp_path):
 
 
 def test_comparisons_know_the_defaults_that_old_runs_did_not_write():
-    from dropclass.compare import _LATER
+    from dropclass.run.compare import _LATER
     base = Config()
     later = {o.name for o in fields(Config)}-set(json.loads(RESULTS[0].read_text()))
     assert {k:getattr(base, k) for k in later}=={k:v for k,v in _LATER.items() if k!='processes'}

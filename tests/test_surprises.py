@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, update_bn
 
-from dropclass.baselines import FadeWeightsCallback, IgnoreLabelCallback, OhemLoss
+from dropclass.rivals import FadeWeightsCallback, IgnoreLabelCallback, OhemLoss
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID, check_num_classes
 from dropclass.fused import resize_cross_entropy

@@ -29,7 +29,7 @@ exec python3 benchmarks/camvid/run.py "$@" --data ../camvid --runs ../runs --res
 def pack_images(data, archive, quality):
     "Write the lists, labels and images of a SegNet copy of CamVid as one tar file; quality 0 keeps the files as they are."
     from PIL import Image
-    from dropclass.data_camvid import segnet_pairs
+    from dropclass.data.camvid import segnet_pairs
     def add(name, content):
         info = tarfile.TarInfo(f'camvid/{name}')
         info.size = len(content)

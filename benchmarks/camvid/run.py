@@ -5,7 +5,7 @@
     python benchmarks/camvid/run.py cpu --data FOLDER --same OLD # does this code train to the same numbers as that in the folder OLD?
     python benchmarks/camvid/run.py benchmarks/scenes/map.json   # another plan, on another data set
 
-A plan is a table of arms (settings of `dropclass.experiment.Config` on top of shared ones), and the order in which arms and seeds are run. Every finished run adds a row to
+A plan is a table of arms (settings of `dropclass.run.experiment.Config` on top of shared ones), and the order in which arms and seeds are run. Every finished run adds a row to
 results/camvid/PLAN.csv, and a folder of small files to results/camvid/PLAN/ARM-sSEED: configuration, learning curve, confusion matrices of all paths and, unless the plan says `"context": false`, counts with
 every class erased and the classifier's weights.
 
@@ -30,8 +30,9 @@ from datetime import date
 from pathlib import Path
 
 HERE,ROOT = Path(__file__).resolve().parent,Path(__file__).resolve().parents[2]
-MODULES = ('core','features','importance','losses','fused','schedules','head','models','callback','baselines','data_core','data_camvid','data_sampling','metrics','experiment')
-OTHER_DATA = {'scenes':('data_scenes','ranks')} # Beside MODULES; what CamVid's table was begun with stays as it is
+MODULES = ('core','features','importance','losses','fused','schedules','head','models','callback','baselines','data_core','data_camvid','data_sampling','metrics','experiment',
+           'rivals','surgery','fold','stats','paste','prior','data/core','data/sampling','run/experiment') # A folder has the old names or the new ones
+OTHER_DATA = {'scenes':('data_scenes','ranks','data/scenes'), 'camvid':('data/camvid',), 'folder':('data/folder',)} # Beside MODULES
 KEPT = ('config.json','history.csv','metrics.json','confusion.json','context.json','classifier.json')
 COLUMNS = ['plan','arm','seed','commit','code','config','finished','device','threads','torch','seconds','epochs','path','miou_plain','rare_plain','miou_drop','rare_drop','miou_mean','rare_mean','best_miou','still_rising','folder']
 
@@ -136,9 +137,9 @@ def train_one(plan, arm, seed, data, out):
     "Train, or resume, one run, then measure how it leans on context."
     import warnings
     warnings.filterwarnings('ignore')
-    from dropclass.analysis_context import colocation
-    from dropclass.analysis_entanglement import classifier_weight
-    from dropclass.experiment import Config, make_data, train_run, write_json
+    from dropclass.analysis.context import colocation
+    from dropclass.analysis.entanglement import classifier_weight
+    from dropclass.run.experiment import Config, make_data, train_run, write_json
     config = Config(**run_options(plan, arm, seed, data))
     resume = (out/'checkpoint.pt').is_file()
     if not resume and out.is_dir(): shutil.rmtree(out)

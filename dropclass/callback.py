@@ -18,7 +18,6 @@ from fastcore.basics import patch, store_attr
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
-from fastai.callback.schedule import SchedLin
 from fastai.data.transforms import get_c
 from fastai.learner import CastToTensor, ValueMetric
 from fastai.torch_core import norm_bias_params
@@ -29,15 +28,15 @@ from .fused import find_resize, fuses, resize_dropclass_loss
 from .head import HEAD_CHOICES, HEAD_OPTIONS, add_dropclass, get_head, main_output, remove_dropclass, split_paths, uncompiled
 from .losses import NotPerPixel, check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, per_pixel_loss, plain_tensor, total_loss, strip_weights
 from .ranks import num_ranks, pixel_shares, shared_weights, sum_over_ranks
-from .schedules import as_schedule, global_step, schedule_value
+from .schedules import Ramp, as_schedule, global_step, schedule_value
 
 # %% ../nbs/30_callback.ipynb #69e50bc2
 class DropClassCallback(Callback):
     "Train with random class drop: two paths, one total loss, Eq. (9)."
     order = CastToTensor.order-4 # Before GradientAccumulation (6), MixedPrecision (10) and DistributedTrainer (11)
     def __init__(self,
-        lam=SchedLin(0, 1), # Weight of the drop path's loss, Eq. (7): a fastai annealer, any callable [0,1] -> [0,1], or a number
-        drop_prob=SchedLin(0, 1), # Probability that a class is dropped in a step; as `lam`
+        lam=Ramp(), # Weight of the drop path's loss, Eq. (7): a fastai annealer, any callable [0,1] -> [0,1], or a number
+        drop_prob=Ramp(), # Probability that a class is dropped in a step; as `lam`
         alpha:float=1., # Weight of the suppression loss, Eq. (9), 10 in the paper; 0 leaves it out
         average:str|None=None, # Divide by 'all' classes, Eq. (4), or the 'kept' ones; None keeps the head's ('all')
         scale:str|None=None, # 'unit' or 'raw' channel scale; None keeps the head's ('unit')

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['ROTATION', 'MASK_MODES', 'CACHE_LIMIT', 'CANVAS', 'write_toy_folder', 'open_image', 'read_image', 'map_labels',
            'read_mask', 'labels_from_colors', 'pair_files', 'read_lines', 'listed_images', 'split_pairs',
-           'SegmentationItems', 'fitted_size', 'place', 'FittedItems', 'workers_for', 'find_root', 'ClassStats',
-           'class_stats', 'class_counts', 'presence_counts', 'check_counts', 'median_frequency_weights', 'crop_coords',
+           'SegmentationItems', 'fitted_size', 'place', 'FittedItems', 'workers_for', 'find_root', 'crop_coords',
            'crop_images', 'crop_masks', 'BatchTransform', 'LazyItems', 'SegmentationDataset', 'PrepareItem',
            'ClassColors', 'make_dls']
 
@@ -17,7 +16,6 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePath
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -358,74 +356,6 @@ def find_root(
         if all((Path(path)/o/folder).is_dir() for folder in folders): return Path(path)/o
     missing = next(o for o in folders if not (Path(path)/o).is_dir())
     raise FileNotFoundError(f"There is no folder {Path(path)/missing}. Expected is\n{layout}")
-
-# %% ../../nbs/40_data.core.ipynb #458455af
-class ClassStats(NamedTuple):
-    "What is counted per class."
-    pixels:Tensor # Pixels of the class (C,), int64
-    images:Tensor # Images that hold the class (C,), int64
-    present_pixels:Tensor # All pixels, void too, of the images that hold the class (C,), int64
-
-# %% ../../nbs/40_data.core.ipynb #1424334c
-def class_stats(
-    ds, # Pairs (image, labels (H,W)), such as `dls.train_ds`; `get_mask(i)` is used where there is one
-    num_classes:int|None=None, # Number of classes, C; None asks `ds.spec`
-) -> ClassStats: # The counts
-    "Count pixels and images per class, once."
-    if not hasattr(ds, '__getitem__') and hasattr(ds, 'dataset'): ds = ds.dataset # A DataLoader
-    ds = getattr(ds, 'source', ds)
-    if num_classes is None and not hasattr(ds, 'spec'): raise ValueError(f"{type(ds).__name__} does not say how many classes there are: pass `num_classes`")
-    C = len(ds.spec) if num_classes is None else num_classes
-    stats = getattr(ds, '_class_stats', None)
-    if stats is not None and len(stats.pixels)==C: return stats
-    labels = getattr(ds, 'get_mask', lambda i: ds[i][1])
-    pixels,images,present = torch.zeros(3, C, dtype=torch.long)
-    for i in range(len(ds)):
-        y = labels(i)
-        y = (y if isinstance(y, Tensor) else torch.from_numpy(np.array(y))).flatten().long() # fastai's masks are PIL images
-        n = torch.bincount(y[(y>=0)&(y<C)], minlength=C)
-        pixels += n; images += n>0; present += (n>0)*y.numel()
-    stats = ClassStats(pixels, images, present)
-    if hasattr(ds, '__dict__'): ds._class_stats = stats
-    return stats
-
-# %% ../../nbs/40_data.core.ipynb #27767660
-def class_counts(
-    ds, # Pairs (image, labels (H,W))
-    num_classes:int|None=None, # Number of classes, C; None asks `ds.spec`
-) -> Tensor: # Pixels per class (C,), int64; void is not counted
-    "Count the pixels of every class."
-    return class_stats(ds, num_classes).pixels
-
-def presence_counts(
-    ds, # Pairs (image, labels (H,W))
-    num_classes:int|None=None, # Number of classes, C; None asks `ds.spec`
-) -> Tensor: # Images per class (C,), int64
-    "Count the images that hold each class."
-    return class_stats(ds, num_classes).images
-
-# %% ../../nbs/40_data.core.ipynb #3a12ca63
-def check_counts(
-    counts, # Pixels of each class in the training set (C,)
-    spec:ClassSpec, # The classes
-):
-    "Refuse training masks with a single class in them, and warn of classes that never occur."
-    missing = [name for name,n in zip(spec.names, counts.tolist()) if not n]
-    if len(missing)>=max(len(spec)-1, 1): raise ValueError(f"The training masks hold {'one class' if len(missing)<len(spec) else 'no class'} of {len(spec)}, all else is void ({spec.ignore_index}): check the labels. "
-        "If they are 0 and 255, 255 being a class, rename it by the data options label_map={255: 1} and ignore_index=254")
-    if missing: warnings.warn(f"No training pixel is labelled {', '.join(missing[:8])}{' ...' if len(missing)>8 else ''}: if it should be there, check the masks, `label_map` and the order of the names")
-
-# %% ../../nbs/40_data.core.ipynb #4809b62e
-def median_frequency_weights(
-    ds, # Pairs (image, labels (H,W)), or `ClassStats` already counted
-    num_classes:int|None=None, # Number of classes, C; None asks `ds.spec`
-) -> Tensor: # Weights (C,), float32; 0 for a class that is in no image
-    "Weigh classes by the median of their frequencies over their own."
-    stats = ds if isinstance(ds, ClassStats) else class_stats(ds, num_classes)
-    freq = stats.pixels.double()/stats.present_pixels.clamp(min=1)
-    seen = stats.pixels>0
-    if not seen.any(): raise ValueError("No pixel has a class, all are void: median-frequency weights need labelled pixels")
-    return torch.where(seen, freq[seen].quantile(.5)/freq.clamp(min=1e-30), 0.).float()
 
 # %% ../../nbs/40_data.core.ipynb #6e38b307
 def crop_coords(

@@ -22,7 +22,7 @@ from fastai.data.transforms import get_c
 from fastai.learner import CastToTensor, ValueMetric
 from fastai.torch_core import norm_bias_params
 from .core import check_choice, eval_mode, step_generator
-from .data.core import class_counts
+from .stats import class_counts
 from .features import cycled_class, draw_weights, dropped_class, sample_keep_mask
 from .fused import find_resize, fuses, resize_dropclass_loss
 from .head import HEAD_CHOICES, HEAD_OPTIONS, add_dropclass, get_head, main_output, remove_dropclass, split_paths, uncompiled

@@ -44,7 +44,8 @@ from safetensors.torch import load_file, save
 from ..rivals import LOSSES, FadeWeightsCallback, IgnoreLabelCallback, check_loss_fits, published_weights, region_loss
 from ..callback import DropClassCallback
 from ..core import ClassSpec, check_choice, check_unit, colorize
-from ..data.core import check_counts, class_counts, make_dls, median_frequency_weights
+from ..data.core import make_dls
+from ..stats import check_counts, class_counts, median_frequency_weights
 from ..data.sampling import RareClassDL, ResampledDL
 from ..head import HEAD_OPTIONS, add_dropclass, get_head
 from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics

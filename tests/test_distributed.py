@@ -74,6 +74,7 @@ def on_ranks(job, world, folder, timeout=100):
 
 class FrozenNorms(Callback):
     "Keeps every BatchNorm in evaluation mode."
+    reads_pred = False # So that the variants below take the route that they name
     def before_train(self): self.freeze(self.model)
     @staticmethod
     def freeze(model):

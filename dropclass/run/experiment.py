@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['METHODS', 'DATA', 'ON_CANVAS', 'WEIGHTS', 'RECIPES', 'check_config', 'Config', 'config_hash', 'data_function',
            'sampling_options', 'make_data', 'PixelLoss', 'make_weights', 'make_loss', 'make_opt_func', 'poly',
-           'lr_schedule', 'read_schedule', 'make_method', 'BFloat16', 'make_learner', 'random_states',
+           'lr_schedule', 'read_schedule', 'make_method', 'make_changes', 'BFloat16', 'make_learner', 'random_states',
            'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'ValidEvery', 'EpochLines',
            'hold_folder', 'check_unused', 'clear_unstarted', 'read_config', 'open_folder', 'summarize',
-           'evaluate_paths', 'plot_examples', 'finish_run', 'train_run', 'Run', 'load_run', 'merge_settings', 'recipe',
-           'format_config']
+           'evaluate_paths', 'save_counts', 'prior_counts', 'plot_examples', 'finish_run', 'train_run', 'Run',
+           'load_run', 'merge_settings', 'recipe', 'format_config']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import hashlib
@@ -48,8 +48,10 @@ from ..core import ClassSpec, check_choice, check_unit, colorize, write_json, wr
 from ..data.core import check_counts, class_counts, make_dls, median_frequency_weights
 from ..data.sampling import RareClassDL, ResampledDL
 from ..head import HEAD_OPTIONS, add_dropclass, get_head
-from ..metrics import class_iou, evaluate, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
+from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
 from ..models import create_model
+from ..paste import ClassPasteCallback
+from ..prior import TAUS, class_offsets, prior_confusions
 from ..ranks import from_first, gather_ranks, is_first, joined, num_ranks
 from ..schedules import hold_ramp
 
@@ -80,6 +82,7 @@ def check_config(
         if not getattr(config, name)>=0: raise ValueError(f"`{name}` must be 0 or more, got {getattr(config, name)}")
     if config.size is not None: config.size = tuple(int(o) for o in config.size)
     for name in ('dropclass','data_options','loss_options','resample'): setattr(config, name, _as_json(getattr(config, name)))
+    if config.paste is not None: config.paste = _as_json(config.paste)
     if config.resample and config.sampling!='uniform': raise ValueError("`resample` repeats images and `sampling='rare_class'` draws them by rarity: use one of the two")
     if config.loss=='ce' and config.loss_options: raise ValueError(f"`loss='ce'` has no options, got {', '.join(config.loss_options)}: leave out `loss_options`, or name another loss")
     if config.method in ('dropclass','no_drop'): check_loss_fits(config.loss, config.dropclass)
@@ -116,6 +119,7 @@ class Config:
     resample:dict=field(default_factory=dict) # Class -> how often its images come in an epoch, as in Table 3
     sampling:str='uniform' # Draw images 'uniform' or by 'rare_class'
     temperature:float=.01 # With 'rare_class': smaller numbers favour rare classes more
+    paste:dict|None=None # Paste rare classes into other images? Options of `ClassPasteCallback`; {} takes its own, None pastes nothing
     valid_every:int=1 # Validate after every so many epochs, and after the last
     sync_bn:bool=True # Share BatchNorm's statistics between the GPUs, where there are several?
     def __post_init__(self): check_config(self)
@@ -124,10 +128,11 @@ class Config:
 def without_folder(
     data_options:dict, # Options of a data set
     path:str|None, # Where it lies
-) -> dict: # The same, with masks as seen from there
+) -> dict: # The same, with its files as seen from there
     "Forget where a folder of images and masks lies: it may be moved."
-    if path is None or not isinstance(masks := data_options.get('masks'), str): return data_options
-    return {**data_options, 'masks':Path(os.path.relpath(masks, path)).as_posix()}
+    if path is None: return data_options
+    files = {k:v for k,v in data_options.items() if k in ('masks','names','valid') and isinstance(v, str)}
+    return {**data_options, **{k:Path(os.path.relpath(v, path)).as_posix() for k,v in files.items()}}
 
 # %% ../../nbs/70_run.experiment.ipynb #4741b82f
 _FIRST_FIELDS = ('data','method','arch','weights','epochs','bs','size','lr','optimizer','schedule','wd','seed','precision','channels_last','pretrained','weights_file',
@@ -148,6 +153,7 @@ def config_hash(
     decisive = {k:v for k,v in asdict(config).items() if k in _FIRST_FIELDS or (k!='path' and v!=default[k])}
     if config.method in ('dropclass','no_drop'): decisive['dropclass'] = _first_meaning(config)
     decisive['data_options'] = without_folder(decisive['data_options'], config.path)
+    if config.weights_file is not None: decisive['weights_file'] = Path(config.weights_file).name # Weights may lie anywhere
     return hashlib.sha256(json.dumps(decisive, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
 # %% ../../nbs/70_run.experiment.ipynb #a6d174b9
@@ -229,17 +235,18 @@ def lr_schedule(
 
 # %% ../../nbs/70_run.experiment.ipynb #28a57740
 def read_schedule(
-    value, # 'linear'; 'hold:SHARE' reaches 1 at that share of training; 'cap:VALUE' rises to that value only; or a number
+    value, # 'linear'; 'hold:SHARE' reaches 1 at that share of training; 'cap:VALUE' rises to that value only; 'fall:VALUE' falls from it to 0 over the last fifth; or a number
     name:str='lam', # Name for errors
 ): # Schedule, as `DropClassCallback` takes it
     "Turn a written schedule into a callable."
     if isinstance(value, (int,float)): return check_unit(value, name)
     if value=='linear': return SchedLin(0, 1)
     kind,_,number = str(value).partition(':')
-    if kind in ('hold','cap'):
-        try: return hold_ramp(until=float(number)) if kind=='hold' else hold_ramp(end=float(number), until=1.)
+    ramps = dict(hold=lambda o: hold_ramp(until=o), cap=lambda o: hold_ramp(end=o, until=1.), fall=lambda o: hold_ramp(o, 0., until=1., since=.8))
+    if kind in ramps:
+        try: return ramps[kind](float(number))
         except ValueError as e: raise ValueError(f"`{name}` is {value!r}: write '{kind}:' and a number up to 1, '{kind}:0.8' say") from e
-    raise ValueError(f"`{name}` must be 'linear', 'hold:SHARE', 'cap:VALUE' or a number in [0,1], got {value!r}")
+    raise ValueError(f"`{name}` must be 'linear', 'hold:SHARE', 'cap:VALUE', 'fall:VALUE' or a number in [0,1], got {value!r}")
 
 def make_method(
     config:Config, # The run
@@ -256,6 +263,18 @@ def make_method(
         if k in options: options[k] = read_schedule(options[k], k)
     if 'seed' in known: options = {'seed':config.seed, **options}
     return [callback(**options)]
+
+# %% ../../nbs/70_run.experiment.ipynb #35bd5028
+def make_changes(
+    config:Config, # The run
+    pixel_counts=None, # Pixels of each class in the training set (C,); None counts them when the fit begins
+) -> list: # Callbacks that change training images; none by default
+    "Build the callback that pastes classes."
+    if config.paste is None: return []
+    known = [o for o in inspect.signature(ClassPasteCallback).parameters if o!='pixel_counts']
+    options = {check_choice(k, known, 'ClassPasteCallback option'):v for k,v in config.paste.items()}
+    if 'p' in options: options['p'] = read_schedule(options['p'], 'p')
+    return [ClassPasteCallback(pixel_counts=pixel_counts, **{'seed':config.seed, **options})]
 
 # %% ../../nbs/70_run.experiment.ipynb #c886e63b
 class BFloat16(MixedPrecision):
@@ -290,7 +309,7 @@ def make_learner(
     model = create_model(config.arch, dls.c, config.pretrained, config.weights_file)
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
     learn = Learner(dls, model, make_loss(config, dls), opt_func=make_opt_func(config), lr=config.lr, wd=config.wd, path=Path(path),
-                    metrics=segmentation_metrics(dls.c, counts, dls.spec.ignore_index), cbs=make_method(config))
+                    metrics=segmentation_metrics(dls.c, counts, dls.spec.ignore_index), cbs=[*make_changes(config, counts), *make_method(config)])
     if config.precision=='bf16': learn.add_cb(BFloat16())
     if not is_first(): set_seed(config.seed+1000*rank_distrib()) # Every process crops in its own way
     return learn
@@ -553,21 +572,44 @@ def summarize(
 def evaluate_paths(
     model:nn.Module, # The trained network
     dls, # DataLoaders; `dls.unbiased`, where there is one, is a second test set
-) -> dict: # Test set -> path -> confusion matrix (C,C)
-    "Evaluate every test set by every path, over all processes."
+    offsets, # Shifts of the logits (T,C), as `class_offsets` gives them
+) -> dict: # Test set or 'train' -> path -> (pixel counts (T,C,C), pixels right, labelled and predicted (2,T,3,C) of the even and the odd images)
+    "Count every test set, and the training images, by every path and under every shift, over all processes."
     if num_ranks()>1: from dropclass.run.distributed import split_dl
     else: split_dl = lambda dl: dl
     head = get_head(model)
-    tests = {'valid':dls.valid, **({'unbiased':dls.unbiased} if getattr(dls, 'unbiased', None) is not None else {})}
+    tests = {'valid':dls.valid, 'unbiased':getattr(dls, 'unbiased', None), 'train':dls.valid.new(dls.train.dataset)}
+    tests = {k:v for k,v in tests.items() if v is not None}
     was = head.predict if head else None
     result = {o:{} for o in tests}
     try:
         for path in ('plain','drop','mean') if head else ('plain',):
             if head: head.predict = path
-            for name,dl in tests.items(): result[name][path] = evaluate(model, split_dl(dl), dls.c, dls.spec.ignore_index).cpu()
+            for name,dl in tests.items():
+                counts,images = prior_confusions(model, split_dl(dl), offsets, dls.spec.ignore_index, per_image=True)
+                result[name][path] = counts,torch.stack([images[i::2].sum(0) for i in range(2)])
     finally:
         if head: head.predict = was
     return result
+
+# %% ../../nbs/70_run.experiment.ipynb #d754844f
+def save_counts(
+    path:str|Path, # The file, `prior.npz` in a run's folder
+    counts:dict, # What `evaluate_paths` gave
+    offsets, # Shifts (T,C) they were counted under
+):
+    "Write the counts of all shifts in one compressed file."
+    arrays = {f'{t}/{p}/{k}':o.numpy() for t,paths in counts.items() for p,pair in paths.items() for k,o in zip(('confusions','halves'), pair)}
+    with writing(path) as temp:
+        with open(temp, 'wb') as f: np.savez_compressed(f, taus=np.array(TAUS), offsets=offsets.numpy(), **arrays)
+
+def prior_counts(
+    folder:str|Path, # A run's folder
+) -> dict: # 'taus' (T,), 'offsets' (T,C), and for every test set and path 'TEST/PATH/confusions' (T,C,C) and 'TEST/PATH/halves' (2,T,3,C)
+    "Read what a run counted under every shift of its class bias."
+    path = Path(folder)/'prior.npz'
+    if not path.is_file(): raise FileNotFoundError(f"{folder} has no prior.npz: it was made by an older version; tune the trained network instead, with `dropclass-tune`")
+    with np.load(path, allow_pickle=False) as f: return {k:torch.from_numpy(f[k]) for k in f.files}
 
 # %% ../../nbs/70_run.experiment.ipynb #3ff6fef5
 def plot_examples(
@@ -600,12 +642,15 @@ def finish_run(
 ) -> dict|None: # Content of `metrics.json`; None on all processes but the first
     "Evaluate a trained network and write everything that tables are made from."
     head,spec = get_head(learn.model),learn.dls.spec
-    matrices = evaluate_paths(learn.model, learn.dls)
+    counts,weight = class_counts(learn.dls.train.dataset),getattr(learn.loss_func, 'weight', None)
+    offsets = class_offsets(counts=counts, tau=TAUS) if weight is None else class_offsets(weight, TAUS)
+    found = evaluate_paths(learn.model, learn.dls, offsets)
     if not is_first(): return
-    counts = class_counts(learn.dls.train.dataset)
+    matrices = {t:{p:o[TAUS.index(0)] for p,(o,_) in paths.items()} for t,paths in found.items() if t!='train'}
     rare = [int(o) for o in rare_classes(counts)]
     with writing(out/'weights.safetensors') as temp: temp.write_bytes(save({k:v.contiguous() for k,v in learn.model.state_dict().items()}, head and dict(dropclass=json.dumps({k:getattr(head, k) for k in HEAD_OPTIONS}))))
     with writing(out/'examples.png') as temp: plot_examples(learn.model, learn.dls).savefig(temp, dpi=100, format='png')
+    save_counts(out/'prior.npz', found, offsets)
     write_json(out/'confusion.json', {t:{p:cm.tolist() for p,cm in paths.items()} for t,paths in matrices.items()})
     metrics = dict(finished=True, epochs=config.epochs, classes=list(spec.names), colors=[list(o) for o in spec.colors], ignore_index=spec.ignore_index,
                    pixel_counts=counts.tolist(), rare=rare, predicts=head.predicts if head else 'plain', seconds=round(seconds, 1),
@@ -666,7 +711,8 @@ def train_run(
     "Train, evaluate and leave a run folder behind."
     out = Path(out)
     if config.threads: torch.set_num_threads(config.threads)
-    make_method(config) # Refuses wrong options before anything is written
+    make_method(config) # Refuses wrong options before anything is written, as the next line does
+    make_changes(config)
     with joined(), ExitStack() as stack:
         hold = lambda: from_first(lambda: stack.enter_context(hold_folder(out)))
         if not from_first(lambda: _is_finished(out, config, resume)):

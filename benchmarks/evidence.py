@@ -19,8 +19,8 @@ from dropclass.analysis.context import colocation, erase, image_counts, image_st
 from dropclass.analysis.entanglement import MEASURES, entanglement, entanglement_table
 from dropclass.analysis.figures import differences, plot_differences, plot_grad_cam
 from dropclass.run.compare import comparison
-from dropclass.core import eval_mode
-from dropclass.run.experiment import load_run, write_json
+from dropclass.core import eval_mode, write_json
+from dropclass.run.experiment import load_run
 
 
 def naive_colocation(model, data, spec):

@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['VOID', 'check_num_classes', 'check_network', 'check_device', 'check_unit', 'check_choice', 'check_target',
-           'whole_labels', 'check_class', 'distinct_colors', 'ClassSpec', 'class_index', 'colorize', 'eval_mode',
-           'step_generator']
+           'whole_labels', 'check_class', 'distinct_colors', 'ClassSpec', 'class_index', 'colorize', 'writing',
+           'write_json', 'eval_mode', 'step_generator']
 
 # %% ../nbs/00_core.ipynb #e58d4be6
-import hashlib
 import colorsys
+import hashlib
+import json
+import os
+import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -163,6 +167,32 @@ def colorize(
     mask = torch.as_tensor(mask).long().cpu()
     table = torch.cat([torch.as_tensor(spec.palette, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.uint8)]) # Black comes last
     return table[torch.where((mask<0)|(mask>=len(spec)), len(spec), mask)]
+
+# %% ../nbs/00_core.ipynb #478ea94b
+@contextmanager
+def writing(
+    path:str|Path, # The file to write; an old one stays whole until the new one is
+):
+    "Give a temporary path to write to, and rename it to `path` when that went well."
+    path = Path(path)
+    temp = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
+    try:
+        temp.touch(exist_ok=False)
+        yield temp
+        with open(temp, 'rb+') as f: os.fsync(f.fileno())
+        os.replace(temp, path)
+    except OSError as e:
+        raise OSError(f"Cannot write {path} ({e.strerror or e}): check that the folder is writable and the disk is not full; "
+                      "nothing was changed") from e
+    finally: temp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #d89ff66a
+def write_json(
+    path:str|Path, # The file to write
+    data, # What JSON can hold
+):
+    "Write a JSON file, whole or not at all."
+    with writing(path) as temp: temp.write_text(json.dumps(data, indent=1)+'\n')
 
 # %% ../nbs/00_core.ipynb #00eb2be0
 @contextmanager

@@ -237,11 +237,9 @@ def test_missing_arguments_exit_2(command):
 
 
 def test_interrupted_before_the_first_epoch_leaves_nothing(command, tmp_path, monkeypatch):
-    import dropclass.run.experiment as experiment
-    def interrupted(config, out, *args, **kwargs):
-        experiment.open_folder(out, config)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(experiment, 'train_run', interrupted)
+    from dropclass.run.experiment import RunRecorder
+    def interrupted(self): raise KeyboardInterrupt
+    monkeypatch.setattr(RunRecorder, 'before_fit', interrupted)
     code,_,err = command('train', 'scenes', '--out', tmp_path/'run', *TINY)
     assert code==130 and 'No epoch was finished' in err and not (tmp_path/'run').exists()
 

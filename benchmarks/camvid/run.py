@@ -32,6 +32,7 @@ from datetime import date
 from pathlib import Path
 
 HERE,ROOT = Path(__file__).resolve().parent,Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT)) # Where the package is not installed
 MODULES = ('core','features','importance','losses','fused','schedules','head','models','callback','baselines','data_core','data_camvid','data_sampling','metrics','experiment',
            'rivals','surgery','fold','stats','paste','prior','data/core','data/sampling','run/experiment') # A folder has the old names or the new ones
 OTHER_DATA = {'scenes':('data_scenes','ranks','data/scenes'), 'camvid':('data/camvid',), 'folder':('data/folder',)} # Beside MODULES
@@ -107,14 +108,13 @@ def add_row(table, row):
     rows = read_rows(table)
     if any((o['arm'], int(o['seed']))==(row['arm'], int(row['seed'])) for o in rows): raise SystemExit(f"{table} has a row of {row['arm']} seed {row['seed']} already: another process has added it, so this one is left out")
     rows.append(row)
+    from dropclass.core import writing
     table.parent.mkdir(parents=True, exist_ok=True)
-    temp = table.with_name(f'.{table.name}.part')
     extra = dict.fromkeys(k for o in rows for k in o if k not in COLUMNS)
-    with open(temp, 'w', newline='') as f:
+    with writing(table) as temp, open(temp, 'w', newline='') as f:
         writer = csv.DictWriter(f, [*COLUMNS[:-1], *extra, COLUMNS[-1]], lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temp, table)
 
 def still_rising(history):
     "Mean mIoU of the last fifth of the epochs minus that of the fifth before, in points; validation may be every few epochs."
@@ -145,7 +145,8 @@ def train_one(plan, arm, seed, data, weights, out):
     warnings.filterwarnings('ignore')
     from dropclass.analysis.context import colocation
     from dropclass.analysis.entanglement import classifier_weight
-    from dropclass.run.experiment import Config, make_data, train_run, write_json
+    from dropclass.core import write_json
+    from dropclass.run.experiment import Config, make_data, train_run
     config = Config(**run_options(plan, arm, seed, data, weights))
     resume = (out/'checkpoint.pt').is_file()
     if not resume and out.is_dir(): shutil.rmtree(out)
@@ -176,12 +177,13 @@ def start(args, plan, arm, seed, out, root=ROOT):
 def keep(results, plan, arm, seed, folder, commit, code):
     "Copy a run's small files, then add its row."
     target = results/plan['name']/f'{arm}-s{seed}'
+    from dropclass.core import write_json
     target.mkdir(parents=True, exist_ok=True)
     for o in (o for kept in KEPT for o in folder.glob(kept)): shutil.copyfile(o, target/o.name)
     saved = json.loads((target/'config.json').read_text())
     file = saved['weights_file'] and Path(saved['weights_file']).name # Where images and weights were is nobody's business
     named = run_options(plan, arm, seed)['data_options']
-    (target/'config.json').write_text(json.dumps({**saved, 'path':None, 'weights_file':file, 'data_options':named}, indent=1)+'\n')
+    write_json(target/'config.json', {**saved, 'path':None, 'weights_file':file, 'data_options':named})
     row = make_row(plan, arm, seed, folder, commit, code)
     add_row(results/f"{plan['name']}.csv", row)
     return row
@@ -208,7 +210,8 @@ def begun(plan, arm, seed, out, commit, code, same):
         if other: raise SystemExit(f"{out} was begun with {other}: go on with those, delete the folder, or give another --runs")
         return found
     out.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=1)+'\n')
+    from dropclass.core import write_json
+    write_json(path, mine)
     return mine
 
 def run_all(args, plan):
@@ -278,7 +281,8 @@ def show_same(args, plan):
     path = args.results/'same_code.json'
     notes = json.loads(path.read_text()) if path.is_file() else []
     note = dict(plan=plan['name'], codes=codes, commits=commits, arms=arms, epochs=args.epochs, date=date.today().isoformat())
-    path.write_text(json.dumps([*notes, note], indent=1)+'\n')
+    from dropclass.core import write_json
+    write_json(path, [*notes, note])
 
 def show(args, plan):
     "Print what is done and what is left."

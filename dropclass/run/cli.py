@@ -142,11 +142,8 @@ def _report(run):
     print(f"\nImages, truth and prediction: {run.folder/'examples.png'}\nTo compare: dropclass-compare {run.folder} OTHER_RUN", flush=True)
 
 def _after_interrupt(out):
-    "Say what an interrupted run left behind; leave nothing if no epoch was finished."
-    out = Path(out)
-    if (out/'checkpoint.pt').is_file(): return f"The last finished epoch is kept; go on with: dropclass-train --resume --out {out}"
-    from dropclass.run.experiment import clear_unstarted
-    clear_unstarted(out)
+    "Say what an interrupted run left behind."
+    if (Path(out)/'checkpoint.pt').is_file(): return f"The last finished epoch is kept; go on with: dropclass-train --resume --out {out}"
     return "No epoch was finished, so nothing is left to continue."
 
 def _terminal_bar():
@@ -340,17 +337,19 @@ def demo_configs(
 def _demo_worker():
     "Train one run of the demo; the arguments are a configuration and a folder."
     warnings.filterwarnings('ignore')
-    from dropclass.run.experiment import clear_unstarted, train_run
+    from dropclass.run.experiment import clear_unstarted, hold_folder, train_run
     out = Path(sys.argv[2])
     resume = (out/'checkpoint.pt').is_file()
-    if not resume: clear_unstarted(out)
+    with hold_folder(out):
+        if not resume: clear_unstarted(out, remove=False)
     try: train_run(make_config(json.loads(sys.argv[1])), out, resume, progress=False, write=lambda o: print(o, flush=True))
     except KeyboardInterrupt: raise SystemExit(130) from None
 
 def _start(config, out):
     "Start one run in a process of its own, with one thread; what it prints goes to a log."
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'MKL_NUM_THREADS':'1', 'PYTHONUNBUFFERED':'1'}
-    with open(out.with_suffix('.log'), 'w') as log:
+    out.with_suffix('.log').unlink(missing_ok=True) # A link there must not lead elsewhere
+    with open(out.with_suffix('.log'), 'x') as log:
         return subprocess.Popen([sys.executable, '-c', 'from dropclass.run.cli import _demo_worker; _demo_worker()', json.dumps(config), str(out)],
                                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
 

@@ -42,27 +42,19 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastai.torch_core import get_model, rank_distrib, set_seed, to_float
 from safetensors.torch import load_file, save
-from dropclass.rivals import LOSSES, FadeWeightsCallback, IgnoreLabelCallback, check_loss_fits, published_weights, region_loss
-from dropclass.callback import DropClassCallback
-<<<<<<< /tmp/tmporxhgg52
-from dropclass.core import ClassSpec, check_choice, check_unit, colorize
-from dropclass.data.core import make_dls
-from dropclass.stats import check_counts, class_counts, median_frequency_weights
-||||||| /tmp/tmp_13k0rx4
-from dropclass.core import ClassSpec, check_choice, check_unit, colorize
-from dropclass.data.core import check_counts, class_counts, make_dls, median_frequency_weights
-=======
-from dropclass.core import ClassSpec, check_choice, check_unit, colorize, write_json, writing
-from dropclass.data.core import check_counts, class_counts, make_dls, median_frequency_weights
->>>>>>> /tmp/tmpswol1_cb
-from dropclass.data.sampling import RareClassDL, ResampledDL
-from dropclass.head import HEAD_OPTIONS, add_dropclass, get_head
-from dropclass.metrics import class_iou, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
-from dropclass.models import create_model
-from dropclass.paste import ClassPasteCallback
-from dropclass.prior import TAUS, class_offsets, prior_confusions
-from dropclass.ranks import from_first, gather_ranks, is_first, joined, num_ranks
-from dropclass.schedules import hold_ramp
+from ..rivals import LOSSES, FadeWeightsCallback, IgnoreLabelCallback, check_loss_fits, published_weights, region_loss
+from ..callback import DropClassCallback
+from ..core import ClassSpec, check_choice, check_unit, colorize, write_json, writing
+from ..data.core import make_dls
+from ..stats import check_counts, class_counts, median_frequency_weights
+from ..data.sampling import RareClassDL, ResampledDL
+from ..head import HEAD_OPTIONS, add_dropclass, get_head
+from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
+from ..models import create_model
+from ..paste import ClassPasteCallback
+from ..prior import TAUS, class_offsets, prior_confusions
+from ..ranks import from_first, gather_ranks, is_first, joined, num_ranks
+from ..schedules import hold_ramp
 
 # %% ../../nbs/70_run.experiment.ipynb #b1d40e77
 METHODS = ('plain','dropclass','no_drop','ignore_label','fade_weights') # no_drop: the same block and ramp, nothing dropped, no suppression

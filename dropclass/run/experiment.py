@@ -637,7 +637,7 @@ def plot_examples(
     shown = dls.valid.decode_batch((x, y), max_n=n)
     fig = Figure(figsize=(8, 2.1*n), layout='constrained')
     for row,(ax,(image,_)) in enumerate(zip(fig.subplots(n, 3, squeeze=False), shown)):
-        ax[0].imshow(image.float().permute(1, 2, 0).clamp(0, 1).cpu())
+        ax[0].imshow(image.permute(1, 2, 0).byte().cpu()) # Decoding gives 0..255
         ax[1].imshow(colorize(y[row], dls.spec))
         ax[2].imshow(colorize(pred[row], dls.spec))
         for o,title in zip(ax, ('image','truth','prediction')):

@@ -16,6 +16,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from dropclass.core import VOID, step_generator
+try: from dropclass.rivals import FadeWeightsCallback, IgnoreLabelCallback
+except ImportError: from dropclass.baselines import FadeWeightsCallback, IgnoreLabelCallback
 from dropclass.paste import ERASE_FILLS, ClassPasteCallback, EraseClassCallback, count_labels, erase_classes, paste_classes, rarity_weights
 from dropclass.schedules import hold_ramp
 from dropclass.testing import toy_batch, toy_dls, toy_learner
@@ -259,9 +261,15 @@ def test_beside_drop_class():
     assert both.route.startswith('fused') # Pasting does not keep it from the fused losses
 
 
+def test_before_hidden_labels():
+    "What looks at the labels in the same batch sees the pasted ones: IgnoreLabelCallback hides a class in the pieces too."
+    learn,before,_ = watched([IgnoreLabelCallback(1.), seen := Watch(IgnoreLabelCallback.order-.5), hidden := Watch(IgnoreLabelCallback.order+.5)])
+    train = [(a[2], b[2], c[2]) for a,b,c in zip(before, seen.seen, hidden.seen) if a[0]]
+    for z,(old,new,left) in zip(learn.ignore_label.ignored, train, strict=True):
+        assert not torch.equal(old, new) and torch.equal(left, new.masked_fill(new==z, VOID))
+
+
 def test_beside_fading_weights():
-    try: from dropclass.baselines import FadeWeightsCallback
-    except ImportError: from dropclass.rivals import FadeWeightsCallback
     learn,_,after = watched([FadeWeightsCallback()], loss_func=nn.CrossEntropyLoss(torch.tensor([1.,5.,1.,1.]), ignore_index=VOID))
     assert all(p.isfinite().all() for p in learn.model.parameters()) and len(learn.fade_weights.lams)==8
 

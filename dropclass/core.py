@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOID', 'check_num_classes', 'check_network', 'check_device', 'check_unit', 'check_choice', 'check_target',
-           'distinct_colors', 'ClassSpec', 'class_index', 'colorize', 'writing', 'write_json', 'eval_mode',
-           'step_generator']
+           'whole_labels', 'check_class', 'distinct_colors', 'ClassSpec', 'class_index', 'colorize', 'writing',
+           'write_json', 'eval_mode', 'step_generator']
 
 # %% ../nbs/00_core.ipynb #e58d4be6
 import colorsys
@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from numbers import Integral
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn, Tensor
 
@@ -87,6 +88,29 @@ def check_target(
     if bad: raise ValueError(f"{name} holds label {', '.join(map(str, bad[:8]))}; classes are 0..{num_classes-1} and void is {ignore_index}: "
                              "map these labels to a class or to void before training")
     return target
+
+# %% ../nbs/00_core.ipynb #c93293f2
+def whole_labels(
+    labels, # Labels, any shape: a tensor, an array or a Pillow image
+    name:str='target', # Where they come from, for the error
+) -> Tensor: # The same as a plain tensor, int64
+    "Bring labels to one type; refuse fractions."
+    y = labels if isinstance(labels, Tensor) else torch.from_numpy(np.array(labels))
+    if y.is_floating_point() or y.is_complex(): raise TypeError(
+        f"{name} must hold class labels (integers), got {y.dtype}: convert with `.long()` if all are whole numbers, or take the argmax of probabilities")
+    return y.as_subclass(Tensor).long()
+
+# %% ../nbs/00_core.ipynb #a2f15707
+def check_class(
+    label, # What should be a class
+    num_classes:int, # Number of classes, C
+    name:str='dropped_class', # What it is called in the error
+) -> int|None: # The same; None stays None
+    "Refuse a label that is not one of the classes."
+    if label is None: return None
+    if isinstance(label, bool) or not isinstance(label, Integral): raise TypeError(f"`{name}` must be a label, a whole number, got {label!r}")
+    if not 0<=label<num_classes: raise ValueError(f"`{name}` must be None or a label in 0..{num_classes-1}, got {label}")
+    return int(label)
 
 # %% ../nbs/00_core.ipynb #ce59826c
 def distinct_colors(

@@ -62,7 +62,10 @@ def dropped_class(
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
 ) -> int|None: # The label of the dropped class; None if all are kept
     "Read the dropped class off a keep mask."
-    dropped = [c for c,keep in enumerate(keep_mask.tolist()) if not keep]
+    keeps = keep_mask.tolist()
+    odd = [o for o in keeps if o not in (0,1)]
+    if odd: raise ValueError(f"A keep mask holds 1 for a kept class and 0 for the dropped one, got {odd[0]}: draw it with `sample_keep_mask`")
+    dropped = [c for c,keep in enumerate(keeps) if not keep]
     if len(dropped)>1: raise ValueError(f"A keep mask drops at most one class, got {dropped} dropped: draw it with `sample_keep_mask`")
     return dropped[0] if dropped else None
 
@@ -99,8 +102,9 @@ def class_weights(
     check_choice(average, ('all','kept'), 'average')
     if keep_mask.ndim!=1: raise ValueError(f"`keep_mask` must be (C,), one number per class, got shape {tuple(keep_mask.shape)}")
     keep = keep_mask.cpu().double()
-    if not torch.compiler.is_compiling() and not keep.any(): # A value cannot be asked for while a graph is recorded
-        raise ValueError("`keep_mask` keeps no class, so there is nothing to average: keep at least one")
+    if not torch.compiler.is_compiling(): # A value cannot be asked for while a graph is recorded
+        if not ((keep>=0)&(keep<=1)).all(): raise ValueError(f"`keep_mask` says which share of each class is kept, 0..1, got {keep.tolist()}")
+        if not keep.any(): raise ValueError("`keep_mask` keeps no class, so there is nothing to average: keep at least one")
     return keep/(len(keep) if average=='all' else keep.sum())
 
 # %% ../nbs/11_features.ipynb #8c4aacba

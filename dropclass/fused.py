@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import VOID, check_unit
-from .losses import cross_entropy_options, masked_target, pixel_count, plain_tensor
+from .core import VOID, check_class, check_unit
+from .losses import check_weight, cross_entropy_options, masked_target, pixel_count, plain_tensor
 
 # %% ../nbs/35_fused.ipynb #94987653
 def resize_matrix(
@@ -304,8 +304,9 @@ def check_inputs(
                          + (": take off the axis of one channel, `target[:,0]`" if target.dim()==4 and target.shape[1]==1 else ""))
     C,target = logits.shape[1],target.long()
     if ignore_index==VOID<C: raise ValueError(f"Label {VOID} is one of {C} classes, so it cannot be void as well: give another `ignore_index`, -100 say")
-    if weight is not None and weight.shape!=(C,): raise ValueError(f"`weight` must have one entry for each of {C} classes, got shape {tuple(weight.shape)}")
-    if dropped_class is not None and not 0<=dropped_class<C: raise ValueError(f"`dropped_class` must be None or a label in 0..{C-1}, got {dropped_class}")
+    if weight is not None and check_weight(weight).shape!=(C,):
+        raise ValueError(f"`weight` must have one entry for each of {C} classes, got shape {tuple(weight.shape)}")
+    check_class(dropped_class, C)
     if target.device.type=='cpu':
         wrong = ((target<0)|(target>=C))&(target!=ignore_index)
         if wrong.any(): raise IndexError(f"Target {int(target[wrong][0])} is out of bounds: labels are 0..{C-1}, or {ignore_index} (`ignore_index`) for void")

@@ -17,9 +17,10 @@ from PIL import Image
 from dropclass.data import camvid as data_camvid
 from dropclass.core import VOID, ClassSpec
 from dropclass.data.camvid import camvid_dls, camvid_items, write_toy_camvid
-from dropclass.data.core import (BatchTransform, SegmentationItems, class_stats, crop_coords, crop_images, crop_masks, make_dls,
-                                 median_frequency_weights, pair_files, read_image, read_mask, write_toy_folder)
+from dropclass.data.core import (BatchTransform, SegmentationItems, crop_coords, crop_images, crop_masks, make_dls, pair_files, read_image,
+                                 read_mask, write_toy_folder)
 from dropclass.data.folder import folder_dls
+from dropclass.stats import class_stats, median_frequency_weights
 from dropclass.testing import ToyNet
 
 SPEC = ClassSpec(('ground','wall','sky'))

@@ -16,7 +16,8 @@ from dropclass.run.cli import default_folder, make_config
 from dropclass.run.compare import comparison, describe_arms, describe_comparison, compare_arms, group_arms, predict_images, predict_mask, read_run
 from dropclass.core import ClassSpec
 from dropclass.data.camvid import write_toy_camvid
-from dropclass.data.core import SegmentationItems, check_counts, pair_files, write_toy_folder
+from dropclass.data.core import SegmentationItems, pair_files, write_toy_folder
+from dropclass.stats import check_counts
 from dropclass.data.folder import folder_dls
 from dropclass.data.voc import voc_dls, write_toy_voc
 from dropclass.run.experiment import Config, config_hash, make_data, make_learner, train_run

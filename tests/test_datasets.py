@@ -14,7 +14,8 @@ from dropclass.callback import DropClassCallback
 from dropclass.core import VOID
 from dropclass.data.ade20k import ADE20K, ade20k_dls, ade20k_items, ade20k_pairs, write_toy_ade20k
 from dropclass.data.cityscapes import CITYSCAPES, cityscapes_dls, cityscapes_items, cityscapes_pairs, write_toy_cityscapes
-from dropclass.data.core import FittedItems, class_stats, read_image, workers_for
+from dropclass.data.core import FittedItems, read_image, workers_for
+from dropclass.stats import class_stats
 from dropclass.data.voc import TRAINAUG, VOC, VocItems, voc_dls, voc_items, voc_pairs, write_toy_voc
 from dropclass.testing import ToyNet
 

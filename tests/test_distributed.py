@@ -74,6 +74,7 @@ def on_ranks(job, world, folder, timeout=100):
 
 class FrozenNorms(Callback):
     "Keeps every BatchNorm in evaluation mode."
+    reads_pred = False # So that the variants below take the route that they name
     def before_train(self): self.freeze(self.model)
     @staticmethod
     def freeze(model):
@@ -249,7 +250,7 @@ def test_every_image_counts_once(tmp_path):
 
 class PowerCut(Callback):
     "Ends a fit in the middle of an epoch."
-    order = RunRecorder.order+5
+    order,reads_pred = RunRecorder.order+5,False
     def before_batch(self):
         if self.training and self.epoch==2 and self.iter==1: raise RuntimeError('power cut')
 

@@ -27,7 +27,7 @@ TINY = Config(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=8, n_valid
 
 class PowerCut(Callback):
     "Ends a fit in the middle of an epoch."
-    order = RunRecorder.order+5
+    order,reads_pred = RunRecorder.order+5,False # The route of a resumed run must be that of the first half
     def __init__(self, epoch): self.at = epoch
     def before_batch(self):
         if self.training and self.epoch==self.at and self.iter==1: raise KeyboardInterrupt
@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
         from dropclass.run.experiment import Config, RunRecorder, train_run
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         class Fill(Callback):
-            order = RunRecorder.order-1
+            order,reads_pred = RunRecorder.order-1,False
             def before_epoch(self):
                 if self.epoch==1: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
         config = Config(**{dict(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=8, n_valid=4), threads=1)!r})

@@ -49,6 +49,29 @@ def test_class_only_predicted_has_iou_zero():
     torch.testing.assert_close(iou, jaccard(pred, target).double(), equal_nan=True)
     assert iou[2]==0 and iou[3].isnan()
 
+def test_a_class_that_is_void_counts_in_no_mean():
+    "Void as one of the classes, as fastai's CamVid has it: what torchmetrics' macro mean says, predicted or not."
+    logits,target = draw(3, 5, ())
+    target[target==4] = VOID
+    target[target==VOID] = 4
+    for predicted in (True, False):
+        if not predicted: logits[:,4] = -100.
+        jaccard = torchmetrics.classification.MulticlassJaccardIndex(5, ignore_index=4, average='macro')
+        counts = confusion_matrix(logits, target, 5, ignore_index=4)
+        assert (counts[:,4].sum()>0)==predicted
+        assert mean_iou(counts, ignore_index=4)==pytest.approx(float(jaccard(logits, target)), rel=1e-6)
+        shared = ConfusionCounts(5, ignore_index=4)
+        shared.add(logits, target)
+        assert MeanIoU(shared).value==mean_iou(counts, ignore_index=4)
+
+def test_no_metric_takes_a_diverged_network_for_class_0():
+    logits,target = draw(0, 4, ())
+    logits[0,:,3,3] = torch.nan
+    learn = make_learner(segmentation_metrics(4))
+    with torch.no_grad(): next(learn.model.parameters()).fill_(torch.nan)
+    for count in (lambda: confusion_matrix(logits, target, 4), lambda: evaluate(learn.model, learn.dls.valid, 4), learn.validate):
+        with pytest.raises(ValueError, match='NaN.*diverged'): count()
+
 def test_all_void_and_one_image():
     counts = confusion_matrix(torch.randn(1, 3, 4, 4), torch.full((1,4,4), VOID), 3)
     assert counts.shape==(3,3) and counts.sum()==0

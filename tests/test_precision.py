@@ -24,7 +24,7 @@ def seeded():
 
 class CPUAutocast(Callback):
     "What fastai's MixedPrecision is on a GPU: the model and the losses of a batch run under autocast."
-    order = MixedPrecision.order
+    order,reads_pred = MixedPrecision.order,False
     def __init__(self, dtype): self.dtype,self.seen = dtype,set()
     def before_batch(self):
         self.handle = self.learn.drop_class.drop_head.classifier.register_forward_hook(lambda m,args,out: self.seen.add(out.dtype))
@@ -137,7 +137,7 @@ def test_scaling_changes_no_step_that_is_finite(fused):
 def test_the_scaler_of_a_learner_skips_an_overflow():
     "Through the callback: a batch whose loss is not finite leaves no trace in the weights, and the fit goes on."
     class Scaled(Callback):
-        order = MixedPrecision.order
+        order,reads_pred = MixedPrecision.order,False
         def before_fit(self): self.scaler,self.seen = torch.amp.GradScaler('cpu', init_scale=2.**10),[]
         def weights(self): return [p.detach().clone() for p in self.model.parameters()]
         def before_batch(self):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from dropclass.core import VOID
-from dropclass.data.core import class_stats
+from dropclass.stats import class_stats
 from dropclass.data.scenes import LABEL, RULES, Scenes, context_table, plan_scene, render_scene, scene_spec, scenes_dls, unbiased_dl
 from dropclass.testing import ToyNet
 

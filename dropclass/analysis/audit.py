@@ -114,7 +114,7 @@ def open_images(
     label_map:dict|None=None, # File label of a folder's masks -> class or void
 ) -> tuple: # DataLoader, `ClassSpec`, and the pixels of each class in the training set (C,), or None
     "Open labelled images to audit a network on."
-    from dropclass.data.core import class_counts
+    from dropclass.stats import class_counts
     options = dict(bs=bs, **({'size':size} if size else {}), **({'stats':stats} if stats else {}))
     path = Path(path)
     check_choice(test, ['valid','unbiased'] if str(path)=='scenes' else ['valid'], 'test')

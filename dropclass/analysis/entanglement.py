@@ -78,7 +78,7 @@ def _pixel_counts(source, num_classes):
     if hasattr(source, 'metrics') and hasattr(source, 'load_model'): return torch.tensor(source.metrics['pixel_counts'])
     dls = getattr(source, 'dls', None)
     if not isinstance(getattr(dls, 'spec', None), ClassSpec): return None
-    from dropclass.data.core import class_counts
+    from dropclass.stats import class_counts
     return class_counts(dls.train.dataset, num_classes)
 
 def entanglement(

@@ -20,7 +20,7 @@ from .core import SegmentationItems, find_root, make_dls, pair_files, workers_fo
 _classes = [o for o in Cityscapes.classes if 0<=o.train_id<19]
 CITYSCAPES = ClassSpec([o.name for o in _classes], [o.color for o in _classes])
 CITYSCAPES_IDS = {o.id:o.train_id for o in _classes} # File label -> class
-CITYSCAPES_LABEL_MAP = {i:CITYSCAPES_IDS.get(i, VOID) for i in (*range(256), 65535)} # -1, the licence plate, is 255 in 8 bits and 65535 in 16
+CITYSCAPES_LABEL_MAP = {i:CITYSCAPES_IDS.get(i, VOID) for i in (-1, *range(256), 65535)} # -1, the licence plate, is 255 in 8 bits and 65535 in 16
 
 # %% ../../nbs/44_data.cityscapes.ipynb #c457f03e
 CITYSCAPES_SHARES = (36.9,6.1,22.8,.7,.9,1.2,.2,.6,15.9,1.2,4.0,1.2,.1,7.0,.3,.2,.2,.1,.4) # Percent of the labelled training pixels, as printed in the paper

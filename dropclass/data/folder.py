@@ -10,7 +10,8 @@ from pathlib import Path
 
 from fastai.data.core import DataLoaders
 from ..core import VOID, ClassSpec
-from .core import FittedItems, SegmentationItems, check_counts, class_counts, make_dls, pair_files, read_lines, split_pairs, workers_for
+from .core import FittedItems, SegmentationItems, make_dls, pair_files, read_lines, split_pairs, workers_for
+from ..stats import check_counts, class_counts
 
 # %% ../../nbs/43_data.folder.ipynb #247de579
 def folder_items(

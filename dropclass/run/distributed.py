@@ -49,6 +49,11 @@ def weigh_loss(
 # %% ../../nbs/73_run.distributed.ipynb #2ee0f500
 class RankTrainer(DistributedTrainer):
     "Train over all ranks with the gradient of the joined batch."
+    def __init__(self,
+        sync_bn:bool=True, # One mean and variance of BatchNorm over all ranks? On GPUs only
+        **kwargs, # Options of `accelerate.Accelerator`
+    ): super().__init__(sync_bn, **kwargs)
+
     def before_fit(self):
         self.sync_bn = self.sync_bn and torch.cuda.is_available()
         super().before_fit()

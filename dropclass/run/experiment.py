@@ -7,9 +7,9 @@ __all__ = ['METHODS', 'DATA', 'ON_CANVAS', 'WEIGHTS', 'RECIPES', 'check_config',
            'sampling_options', 'make_data', 'PixelLoss', 'make_weights', 'make_loss', 'make_opt_func', 'poly',
            'lr_schedule', 'read_schedule', 'make_method', 'make_changes', 'BFloat16', 'make_learner', 'random_states',
            'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'StopDiverged', 'ValidEvery',
-           'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted', 'read_config', 'open_folder', 'summarize',
-           'evaluate_paths', 'save_counts', 'prior_counts', 'plot_examples', 'finish_run', 'train_run', 'Run',
-           'load_run', 'merge_settings', 'recipe', 'format_config']
+           'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted', 'read_config', 'open_folder', 'shift_grid',
+           'summarize', 'evaluate_paths', 'save_counts', 'prior_counts', 'plot_examples', 'finish_run', 'train_run',
+           'Run', 'load_run', 'merge_settings', 'recipe', 'format_config']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import hashlib
@@ -45,7 +45,8 @@ from safetensors.torch import load_file, save
 from ..rivals import LOSSES, FadeWeightsCallback, IgnoreLabelCallback, check_loss_fits, published_weights, region_loss
 from ..callback import DropClassCallback
 from ..core import ClassSpec, check_choice, check_unit, colorize, write_json, writing
-from ..data.core import check_counts, class_counts, make_dls, median_frequency_weights
+from ..data.core import make_dls
+from ..stats import check_counts, class_counts, median_frequency_weights
 from ..data.sampling import RareClassDL, ResampledDL
 from ..head import HEAD_OPTIONS, add_dropclass, get_head
 from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
@@ -584,6 +585,17 @@ def open_folder(
     _note_folder(out, config)
     return checkpoint
 
+# %% ../../nbs/70_run.experiment.ipynb #cb5518a3
+def shift_grid(
+    pixel_counts, # Pixels of each class in the training set (C,)
+    weights=None, # Class weights of the loss (C,); None where it has none
+): # Offsets (T,C), one row for each of `TAUS`
+    "Choose the line along which a run's class bias is shifted."
+    if weights is None: return class_offsets(counts=pixel_counts, tau=TAUS)
+    weights = weights.detach().cpu()
+    middle = weights[weights>0].log().mean().exp() # A class without training pixels has weight 0: it stays where it is
+    return class_offsets(weights.where(weights>0, middle), TAUS)
+
 # %% ../../nbs/70_run.experiment.ipynb #5f86b39f
 def summarize(
     cm, # Confusion matrix (C,C), rows truth, columns prediction
@@ -667,8 +679,8 @@ def finish_run(
 ) -> dict|None: # Content of `metrics.json`; None on all processes but the first
     "Evaluate a trained network and write everything that tables are made from."
     head,spec = get_head(learn.model),learn.dls.spec
-    counts,weight = class_counts(learn.dls.train.dataset),getattr(learn.loss_func, 'weight', None)
-    offsets = class_offsets(counts=counts, tau=TAUS) if weight is None else class_offsets(weight, TAUS)
+    counts = class_counts(learn.dls.train.dataset)
+    offsets = shift_grid(counts, getattr(learn.loss_func, 'weight', None))
     found = evaluate_paths(learn.model, learn.dls, offsets)
     if not is_first(): return
     matrices = {t:{p:o[TAUS.index(0)] for p,(o,_) in paths.items()} for t,paths in found.items() if t!='train'}

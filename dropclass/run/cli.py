@@ -31,12 +31,16 @@ def in_command(
     return any(is_cli(globals().get(o)) for o in ('train','compare','predict','demo','audit') if o in globals())
 
 # %% ../../nbs/72_run.cli.ipynb #7a67c58a
+def _plain_words(error):
+    "An error in one line, without what fastai adds to one from a callback."
+    return ' '.join(re.sub(r'Exception occured in `\w+` when calling event `\w+`:', '', str(error)).split())
+
 @contextmanager
 def one_line_errors(
     debug:bool=False, # Show the traceback?
     interrupted=lambda: "", # Makes the sentence that says, after Ctrl-C, what is left
 ):
-    "In a command, turn errors of the user's into one line and exit code 2, and Ctrl-C into 130."
+    "In a command, turn errors of the user's into one line and exit code 2, a diverged training into 1, and Ctrl-C into 130."
     if in_command(): warnings.filterwarnings('ignore', category=FutureWarning)
     try: yield
     except KeyboardInterrupt:
@@ -46,10 +50,11 @@ def one_line_errors(
     except BrokenPipeError: # The reader, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except (ValueError, OSError, ImportError) as e:
+    except (ValueError, OSError, ImportError, FloatingPointError) as e:
         if debug or not in_command(): raise
-        if os.environ.get('LOCAL_RANK', '0')=='0': print(f"Error: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        diverged = isinstance(e, FloatingPointError) # What may befall any one of several processes
+        if diverged or os.environ.get('LOCAL_RANK', '0')=='0': print(f"Error: {_plain_words(e)}", file=sys.stderr)
+        raise SystemExit(1 if diverged else 2) from None
 
 # %% ../../nbs/72_run.cli.ipynb #01c074b6
 def read_size(

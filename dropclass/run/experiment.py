@@ -6,10 +6,10 @@
 __all__ = ['METHODS', 'DATA', 'ON_CANVAS', 'WEIGHTS', 'RECIPES', 'check_config', 'Config', 'config_hash', 'data_function',
            'sampling_options', 'make_data', 'PixelLoss', 'make_weights', 'make_loss', 'make_opt_func', 'poly',
            'lr_schedule', 'read_schedule', 'make_method', 'make_changes', 'BFloat16', 'make_learner', 'random_states',
-           'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'ValidEvery', 'EpochLines',
-           'hold_folder', 'check_unused', 'clear_unstarted', 'read_config', 'open_folder', 'shift_grid', 'summarize',
-           'evaluate_paths', 'save_counts', 'prior_counts', 'plot_examples', 'finish_run', 'train_run', 'Run',
-           'load_run', 'merge_settings', 'recipe', 'format_config']
+           'set_random_states', 'save_checkpoint', 'load_checkpoint', 'RunRecorder', 'StopDiverged', 'ValidEvery',
+           'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted', 'read_config', 'open_folder', 'shift_grid',
+           'summarize', 'evaluate_paths', 'save_counts', 'prior_counts', 'plot_examples', 'finish_run', 'train_run',
+           'Run', 'load_run', 'merge_settings', 'recipe', 'format_config']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import hashlib
@@ -74,6 +74,8 @@ def check_config(
     for name,choices in dict(data=DATA, method=METHODS, weights=WEIGHTS, optimizer=('sgd','adamw'), schedule=('poly','onecycle','constant'),
                              precision=('float32','bf16'), loss=LOSSES, sampling=('uniform','rare_class')).items():
         check_choice(getattr(config, name), choices, name)
+    for name in ('lr','wd','temperature'):
+        if not math.isfinite(getattr(config, name)): raise ValueError(f"`{name}` must be a finite number, got {getattr(config, name)}")
     for name in ('epochs','bs','lr','temperature','valid_every'):
         if not getattr(config, name)>0: raise ValueError(f"`{name}` must be more than 0, got {getattr(config, name)}")
     for name in ('epochs','bs','valid_every','num_workers','threads','seed'):
@@ -405,6 +407,29 @@ class RunRecorder(Callback):
         smooth = self.recorder.smooth_loss
         save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch, table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads())
 
+# %% ../../nbs/70_run.experiment.ipynb #415a3592
+class StopDiverged(Callback):
+    "End a run whose loss or weights are not finite."
+    order = Recorder.order+10
+    def after_batch(self):
+        if not self.training or math.isfinite(self.loss): return
+        void = len(self.yb)==1 and bool((self.yb[0]==self.dls.spec.ignore_index).all())
+        if void: self.stop("no pixel of the batch has a label: choose a larger `bs` or crop")
+        self.stop(f"the loss is {float(self.loss)}: choose a smaller `lr`")
+
+    def after_epoch(self):
+        values = get_model(self.model).state_dict().items()
+        bad = [k for k,v in values if v.is_floating_point() and not v.isfinite().all()]
+        if bad: self.stop(f"{len(bad)} of {len(values)} weights are not finite, {bad[0]} first: choose a smaller `lr`")
+
+    def stop(self,
+        why:str, # What was found, and the remedy
+    ):
+        "Raise an error that says where."
+        done,where = len(self.run_recorder.table),f"epoch {self.epoch+1}, step {min(self.iter+1, self.n_iter)} of {self.n_iter}"
+        kept = f"; {self.run_recorder.folder} keeps epoch {done}" if done else ''
+        raise FloatingPointError(f"Training diverged in {where}, at learning rate {self.opt.hypers[-1]['lr']:.3g}, for {why}{kept}")
+
 # %% ../../nbs/70_run.experiment.ipynb #e908c162
 class ValidEvery(Callback):
     "Skip the validation of most epochs, but not of the last."
@@ -707,7 +732,7 @@ def _fit(learn, out, config, resume, made, progress, write, cbs):
     if not progress: learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
     with _or_nothing(out, made and not resume):
         recorder = RunRecorder(out, config_hash(config), from_first(lambda: open_folder(out, config, resume)))
-        bookkeeping = [ValidEvery(config.valid_every), recorder, EpochLines(write=write)]
+        bookkeeping = [ValidEvery(config.valid_every), StopDiverged(), recorder, EpochLines(write=write)]
         with _over_ranks(learn, config): learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), *bookkeeping, *cbs])
     finish_run(learn, out, config, recorder.seconds)
 

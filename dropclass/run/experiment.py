@@ -51,7 +51,7 @@ from ..data.sampling import RareClassDL, ResampledDL
 from ..head import HEAD_OPTIONS, add_dropclass, get_head
 from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
 from ..models import create_model
-from ..paste import ClassPasteCallback
+from ..paste import ClassPasteCallback, EraseClassCallback
 from ..prior import TAUS, class_offsets, prior_confusions
 from ..ranks import from_first, gather_ranks, is_first, joined, num_ranks
 from ..schedules import hold_ramp
@@ -84,8 +84,7 @@ def check_config(
     for name in ('wd','num_workers','threads','seed'):
         if not getattr(config, name)>=0: raise ValueError(f"`{name}` must be 0 or more, got {getattr(config, name)}")
     if config.size is not None: config.size = tuple(int(o) for o in config.size)
-    for name in ('dropclass','data_options','loss_options','resample'): setattr(config, name, _as_json(getattr(config, name)))
-    if config.paste is not None: config.paste = _as_json(config.paste)
+    for name in ('dropclass','data_options','loss_options','resample','paste','erase'): setattr(config, name, _as_json(getattr(config, name)))
     if config.resample and config.sampling!='uniform': raise ValueError("`resample` repeats images and `sampling='rare_class'` draws them by rarity: use one of the two")
     if config.loss=='ce' and config.loss_options: raise ValueError(f"`loss='ce'` has no options, got {', '.join(config.loss_options)}: leave out `loss_options`, or name another loss")
     if config.method in ('dropclass','no_drop'): check_loss_fits(config.loss, config.dropclass)
@@ -123,6 +122,7 @@ class Config:
     sampling:str='uniform' # Draw images 'uniform' or by 'rare_class'
     temperature:float=.01 # With 'rare_class': smaller numbers favour rare classes more
     paste:dict|None=None # Paste rare classes into other images? Options of `ClassPasteCallback`; {} takes its own, None pastes nothing
+    erase:dict|None=None # Paint over a class of an image? Options of `EraseClassCallback`; {} takes its own, None erases nothing
     valid_every:int=1 # Validate after every so many epochs, and after the last
     sync_bn:bool=True # Share BatchNorm's statistics between the GPUs, where there are several?
     def __post_init__(self): check_config(self)
@@ -272,12 +272,15 @@ def make_changes(
     config:Config, # The run
     pixel_counts=None, # Pixels of each class in the training set (C,); None counts them when the fit begins
 ) -> list: # Callbacks that change training images; none by default
-    "Build the callback that pastes classes."
-    if config.paste is None: return []
-    known = [o for o in inspect.signature(ClassPasteCallback).parameters if o!='pixel_counts']
-    options = {check_choice(k, known, 'ClassPasteCallback option'):v for k,v in config.paste.items()}
-    if 'p' in options: options['p'] = read_schedule(options['p'], 'p')
-    return [ClassPasteCallback(pixel_counts=pixel_counts, **{'seed':config.seed, **options})]
+    "Build the callbacks that paste or erase classes."
+    changes = []
+    for given,kind in ((config.paste, ClassPasteCallback), (config.erase, EraseClassCallback)):
+        if given is None: continue
+        known = [o for o in inspect.signature(kind).parameters if o!='pixel_counts']
+        options = {check_choice(k, known, f'{kind.__name__} option'):v for k,v in given.items()}
+        if 'p' in options: options['p'] = read_schedule(options['p'], 'p')
+        changes.append(kind(pixel_counts=pixel_counts, **{'seed':config.seed, **options}))
+    return changes
 
 # %% ../../nbs/70_run.experiment.ipynb #c886e63b
 class BFloat16(MixedPrecision):

@@ -46,7 +46,8 @@ from ..callback import DropClassCallback
 from ..core import ClassSpec, check_choice, check_unit, colorize
 from ..data.core import check_counts, class_counts, make_dls, median_frequency_weights
 from ..data.sampling import RareClassDL, ResampledDL
-from ..head import HEAD_OPTIONS, add_dropclass, get_head
+from ..head import HEAD_OPTIONS
+from ..surgery import add_dropclass, get_head
 from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
 from ..models import create_model
 from ..paste import ClassPasteCallback

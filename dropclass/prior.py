@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from fastai.learner import Learner
 from fastcore.basics import patch
 from .core import VOID, check_choice, check_network, check_target, eval_mode
-from .head import find_classifier, get_head, main_output, make_probe, uncompiled
+from .surgery import find_classifier, get_head, main_output, make_probe, run_probe
 from .losses import get_ignore_index, loss_input
 from .metrics import own_rows, rare_classes
 from .models import pick_logits
@@ -427,12 +427,12 @@ def probe_logits(
     probe, # Batch of two images, or a tuple of the network's inputs
 ) -> list: # Logits (2,C,h,w); of the plain and of the drop path where there is a head
     "Predict by every path that a network has."
-    head,args = get_head(model),probe if isinstance(probe, (tuple,list)) else (probe,)
-    answers,predict = [],getattr(head, 'predict', None)
-    with torch.no_grad(), eval_mode(model), uncompiled():
-        if head is None: return [main_output(model(*args))]
+    head,answers = get_head(model),[]
+    predict = getattr(head, 'predict', None)
+    with torch.no_grad(), eval_mode(model):
+        if head is None: return [main_output(run_probe(model, probe))]
         try:
-            for head.predict in ('plain','drop'): answers.append(main_output(model(*args)))
+            for head.predict in ('plain','drop'): answers.append(main_output(run_probe(model, probe)))
         finally: head.predict = predict
     return answers
 

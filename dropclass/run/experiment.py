@@ -48,7 +48,8 @@ from ..core import ClassSpec, check_choice, check_unit, colorize, write_json, wr
 from ..data.core import make_dls
 from ..stats import check_counts, class_counts, median_frequency_weights
 from ..data.sampling import RareClassDL, ResampledDL
-from ..head import HEAD_OPTIONS, add_dropclass, get_head
+from ..head import HEAD_OPTIONS
+from ..surgery import add_dropclass, get_head
 from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
 from ..models import create_model
 from ..paste import ClassPasteCallback, EraseClassCallback

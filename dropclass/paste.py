@@ -56,7 +56,7 @@ def draw_numbers(
     n:int, # Images in the batch, N
     num_classes:int, # Number of classes, C
     p:float, # Probability that an image changes
-    generator:torch.Generator|None=None, # Random source, `step_generator(seed, step)` for instance; None is the global one
+    generator:torch.Generator|None=None, # Random source, as `step_generator(seed, step)`; None is the global one
 ) -> Draws: # Numbers on the CPU
     "Draw everything that a step needs."
     device,others = getattr(generator, 'device', 'cpu'),max(n-1, 1)
@@ -220,7 +220,7 @@ def paste_classes(
     images:Tensor, # Images (N,c,H,W), any number of channels
     labels:Tensor, # Labels (N,H,W), any integer type
     weights:Tensor, # How often each class is drawn (C,), see `rarity_weights`
-    generator:torch.Generator|None=None, # Random source, `step_generator(seed, step)` for instance; None is the global one
+    generator:torch.Generator|None=None, # Random source, as `step_generator(seed, step)`; None is the global one
     p:float=.5, # Probability that an image gets a piece of another
     shift:tuple=(.25,.5), # Largest shift, as shares of height and width; (0,0) leaves a piece where it was
     flip:float=.5, # Probability that a piece is mirrored
@@ -258,15 +258,15 @@ def count_pixels(
     get_mask,counts = getattr(ds, 'get_mask', lambda i: ds[i][1]),torch.zeros(num_classes, dtype=torch.long)
     for i in range(len(ds)):
         mask = get_mask(i)
-        mask = plain_tensor(mask).cpu() if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask)) # fastai: pictures
-        counts += count_labels(mask[None], num_classes)[0]
+        mask = plain_tensor(mask) if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask)) # fastai has pictures
+        counts += count_labels(mask[None].cpu(), num_classes)[0]
     return counts
 
 # %% ../nbs/31_paste.ipynb #a1f0c141
 class ClassPasteCallback(Callback):
     "Paste rare classes into other images while training."
     order = CastToTensor.order-5 # Before DropClassCallback and IgnoreLabelCallback, which look at the labels
-    change,stream = staticmethod(paste_classes),2**32 # The stream sets the draws apart from DropClass's with the same seed
+    change,stream = staticmethod(paste_classes),2**32 # The stream keeps the draws apart from DropClass's
     @delegates(paste_classes, but=['generator','ignore_index'])
     def __init__(self,
         p=.5, # Probability that an image changes: a fastai annealer, any callable [0,1] -> [0,1], or a number
@@ -285,8 +285,9 @@ class ClassPasteCallback(Callback):
 @patch
 def find_weights(self:ClassPasteCallback) -> Tensor: # How often each class is drawn (C,)
     "Weigh the classes of the training set."
-    found = (getattr(self.dls, 'vocab', None), nested_attr(self.dls, 'train.after_item.vocab', None), []) # fastai: the second
-    names,counts = [str(o) for o in next(o for o in found if o is not None)],self.pixel_counts
+    vocab = getattr(self.dls, 'vocab', None)
+    if vocab is None: vocab = nested_attr(self.dls, 'train.after_item.vocab', ()) # Where fastai's own DataLoaders have it
+    names,counts = [str(o) for o in vocab],self.pixel_counts
     if counts is None:
         C = len(names) or getattr(self.dls, 'c', None)
         if not C: raise ValueError("The DataLoaders do not say how many classes there are: pass `pixel_counts`")
@@ -302,8 +303,8 @@ def before_fit(self:ClassPasteCallback):
     "Refuse blended labels."
     if self.learn.lock.locked(): return # `get_preds` and `validate`, which fastai announces as fits
     mixing = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
-    if mixing: raise ValueError(f"{mixing[0]} blends the labels of two images, so no class can be cut out: train without it, "
-                                f"or without {type(self).__name__}")
+    if mixing: raise ValueError(f"{mixing[0]} blends the labels of two images, so no class can be cut out: "
+                                f"train without it, or without {type(self).__name__}")
     self.begun = False
 
 @patch
@@ -346,7 +347,7 @@ def erase_classes(
     images:Tensor, # Images (N,c,H,W)
     labels:Tensor, # Labels (N,H,W), any integer type
     weights:Tensor, # How often each class is drawn (C,), see `rarity_weights`
-    generator:torch.Generator|None=None, # Random source, `step_generator(seed, step)` for instance; None is the global one
+    generator:torch.Generator|None=None, # Random source, as `step_generator(seed, step)`; None is the global one
     p:float=.5, # Probability that an image loses a class
     fill:str='mean', # What erased pixels become: the 'mean' colour of the batch, 'noise', or another 'image' of it
     keep_labels:bool=False, # Keep the labels of erased pixels? False makes them void

@@ -152,10 +152,10 @@ def prior_confusions(
             rows = own_rows(dl, len(batch[0])) # Without the images that only fill up the last batch
             if not rows: continue
             logits = pick_logits(model(batch[0][:rows].to(where)))[0]
-            if not images: check_logits(logits)
+            if not total.any(): check_logits(logits)
             counts = grid_confusions(logits, batch[-1][:rows].to(where), offsets, ignore_index)
             total += counts.sum(0)
-            images.append(class_totals(counts).cpu())
+            if per_image: images.append(class_totals(counts).cpu())
     if hasattr(dl, 'world_size'): total,images = sum_over_ranks(total),sum(gather_ranks(images), [])
     return (total.cpu(), torch.cat(images)) if per_image else total.cpu()
 

@@ -297,8 +297,8 @@ def test_padding_of_a_distributed_loader():
 def test_all_void_and_one_image():
     x,y = toy_batch(1)
     assert not prior_confusions(ToyNet(), [(x, torch.full_like(y, VOID))], class_offsets(weights, TAUS)).any()
-    with pytest.raises(ValueError, match='all are void'): tune_prior(ToyNet(), [(x, torch.full_like(y, VOID))], weights)
-    with pytest.warns(UserWarning, match='there are 1 images'): found = tune_prior(ToyNet(), [(x, y)], weights)
+    with pytest.raises(ValueError, match='images are void'): tune_prior(ToyNet(), [(x, torch.full_like(y, VOID))], weights)
+    with pytest.warns(UserWarning, match='with 1 images'): found = tune_prior(ToyNet(), [(x, y)], weights)
     assert found.held_out_gain()!=found.held_out_gain() # nan
 
 

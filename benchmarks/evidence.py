@@ -20,7 +20,8 @@ from dropclass.analysis.entanglement import MEASURES, entanglement, entanglement
 from dropclass.analysis.figures import differences, plot_differences, plot_grad_cam
 from dropclass.run.compare import comparison
 from dropclass.core import eval_mode
-from dropclass.run.experiment import load_run, write_json
+from dropclass.files import write_json
+from dropclass.run.experiment import load_run
 
 
 def naive_colocation(model, data, spec):

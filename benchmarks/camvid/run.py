@@ -139,7 +139,8 @@ def train_one(plan, arm, seed, data, out):
     warnings.filterwarnings('ignore')
     from dropclass.analysis.context import colocation
     from dropclass.analysis.entanglement import classifier_weight
-    from dropclass.run.experiment import Config, make_data, train_run, write_json
+    from dropclass.files import write_json
+    from dropclass.run.experiment import Config, make_data, train_run
     config = Config(**run_options(plan, arm, seed, data))
     resume = (out/'checkpoint.pt').is_file()
     if not resume and out.is_dir(): shutil.rmtree(out)

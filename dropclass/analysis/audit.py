@@ -696,7 +696,7 @@ def check_report(
 # %% ../../nbs/65_analysis.audit.ipynb #66429094
 def _write(file, text):
     "Write a text file, whole or not at all."
-    from dropclass.run.experiment import writing
+    from dropclass.files import writing
     file.parent.mkdir(parents=True, exist_ok=True)
     with writing(file) as temp: temp.write_text(text, encoding='utf-8')
     return file

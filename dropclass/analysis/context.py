@@ -526,7 +526,7 @@ def save(self:Colocation,
     file:str|Path, # A JSON file
 ) -> Path: # The same
     "Write the counts to a file."
-    from dropclass.run.experiment import write_json
+    from dropclass.files import write_json
     plain = {k:getattr(self, k) for k in ('images','passes','fill','label')}
     counts = {k:getattr(self, k).tolist() for k in ('confusion','erased','presence')}
     write_json(file, dict(format=1, **plain, seconds=round(self.seconds, 2), classes=self.spec.names, colors=self.spec.colors, ignore_index=self.spec.ignore_index, **counts))

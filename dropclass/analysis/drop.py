@@ -178,7 +178,7 @@ def save(self:DropEffect,
     **more, # Further fields to keep beside the counts, such as where they come from
 ) -> Path: # The same
     "Write the counts to a file."
-    from dropclass.run.experiment import write_json
+    from dropclass.files import write_json
     write_json(file, dict(format=1, images=self.images, label=self.label, classes=self.spec.names, colors=self.spec.colors, ignore_index=self.spec.ignore_index,
                           confusion=self.confusion.tolist(), dropped=self.dropped.tolist(), **more))
     return Path(file)

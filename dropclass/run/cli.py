@@ -24,6 +24,11 @@ from typing import Annotated
 
 from fastcore.script import call_parse, is_cli
 
+# %% ../../nbs/72_run.cli.ipynb #8c7da362
+if __name__=='__main__':
+    from dropclass.run.cli import train
+    raise SystemExit(train())
+
 # %% ../../nbs/72_run.cli.ipynb #c986534a
 def in_command(
 ) -> bool: # Was one of the functions below started from the command line?

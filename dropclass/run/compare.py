@@ -303,7 +303,7 @@ def save_comparison(
 ) -> Path: # The file
     "Write a comparison to a file."
     from dropclass.core import check_choice
-    from dropclass.run.experiment import writing
+    from dropclass.files import writing
     file = Path(file)
     kind = check_choice(file.suffix.lower(), ['.csv','.md','.png','.svg','.pdf'], f"the ending of {file.name}")
     with writing(file) as temp:
@@ -603,7 +603,7 @@ def predict_images(
     "Label images with a trained network, and write masks and overlays."
     from dropclass.core import check_unit
     from dropclass.data.core import read_image
-    from dropclass.run.experiment import writing
+    from dropclass.files import writing
     check_unit(alpha, 'alpha')
     model,spec,show = _network(model, spec, size, path, device)
     plan = _plan_outputs(find_images(images), Path(out), overwrite)

@@ -317,7 +317,8 @@ def audit(
 ):
     "Report what a trained network leans on, mixes up and misses."
     with one_line_errors(debug, lambda: "Nothing was written."):
-        from dropclass.analysis.audit import audit_files, audit_summary, check_report
+        from dropclass.analysis.audit import audit_summary, check_report
+        from dropclass.run.audit import audit_files
         if out: check_report(out)
         split = lambda text: [o for o in (text or '').split(',') if o]
         found = audit_files(runs, split(model), split(arch), data, classes, read_size(size), path_of, device, test=test, fill=fill, max_images=max_images, progress=not quiet and sys.stdout.isatty())

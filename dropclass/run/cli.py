@@ -24,6 +24,11 @@ from typing import Annotated
 
 from fastcore.script import call_parse, is_cli
 
+# %% ../../nbs/72_run.cli.ipynb #8c7da362
+if __name__=='__main__':
+    from dropclass.run.cli import train
+    raise SystemExit(train())
+
 # %% ../../nbs/72_run.cli.ipynb #c986534a
 def in_command(
 ) -> bool: # Was one of the functions below started from the command line?
@@ -314,7 +319,8 @@ def audit(
 ):
     "Report what a trained network leans on, mixes up and misses."
     with one_line_errors(debug, lambda: "Nothing was written."):
-        from dropclass.analysis.audit import audit_files, audit_summary, check_report
+        from dropclass.analysis.audit import audit_summary, check_report
+        from dropclass.run.audit import audit_files
         if out: check_report(out)
         split = lambda text: [o for o in (text or '').split(',') if o]
         found = audit_files(runs, split(model), split(arch), data, classes, read_size(size), path_of, device, test=test, fill=fill, max_images=max_images, progress=not quiet and sys.stdout.isatty())

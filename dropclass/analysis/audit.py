@@ -133,13 +133,14 @@ def open_images(
 # %% ../../nbs/65_analysis.audit.ipynb #69bdd1d6
 def _open_folder(path, names, bs, size, fit, label_map, **options):
     "DataLoader and classes of a folder with images, masks and class names."
-    from dropclass.data.core import FittedItems, SegmentationItems, listed_images, make_dls, pair_files, read_lines
+    from dropclass.data.core import FittedItems, SegmentationItems, make_dls, pair_files, read_lines
+    from dropclass.data.split import brought_split
     names = path/'classes.txt' if names is None else names
     for o in (path/'images', path/'masks', *([Path(names)] if isinstance(names, (str,Path)) else [])):
         if not o.exists(): raise FileNotFoundError(f"{path} has no {o.name}: a folder to audit on holds `images`, `masks` and `classes.txt`, with one class name a line in the order of the labels")
     spec,pairs = ClassSpec([o for o in read_lines(names) if o] if isinstance(names, (str,Path)) else names),pair_files(path/'images', path/'masks')
-    if (path/'valid.txt').is_file():
-        pairs = [pairs[i] for i in sorted(listed_images([o for o,_ in pairs], path/'valid.txt'))]
+    split = brought_split(pairs, path/'images')
+    if split: pairs = split.valid
     items = (FittedItems if fit else SegmentationItems)(pairs, spec, size, label_map)
     return make_dls(items, items, spec, bs=min(bs, len(items)), **options).valid,spec
 

@@ -23,7 +23,8 @@ from safetensors import safe_open
 from ..callback import class_names
 from ..core import VOID, ClassSpec, check_choice
 from ..data.camvid import camvid_dls
-from ..data.core import FittedItems, SegmentationItems, listed_images, make_dls, pair_files, read_lines
+from ..data.core import FittedItems, SegmentationItems, make_dls, pair_files, read_lines
+from ..data.split import brought_split
 from ..stats import class_counts
 from ..data.scenes import scenes_dls
 from ..head import HEAD_OPTIONS
@@ -299,7 +300,6 @@ def _open_folder(path, names, bs, size=None, fit=False, label_map=None, **option
                                     "`classes.txt`, with one class name a line in the order of the labels")
     spec = ClassSpec([o for o in read_lines(names) if o] if listed else names)
     pairs = pair_files(path/'images', path/'masks')
-    if (path/'valid.txt').is_file():
-        pairs = [pairs[i] for i in sorted(listed_images([o for o,_ in pairs], path/'valid.txt'))]
+    if split := brought_split(pairs, path/'images'): pairs = split.valid # What its training did not see
     items = (FittedItems if fit else SegmentationItems)(pairs, spec, size, label_map)
     return make_dls(items, items, spec, bs=min(bs, len(items)), **options).valid,spec

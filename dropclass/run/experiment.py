@@ -418,7 +418,7 @@ class StopDiverged(Callback):
     "End a run whose loss or weights are not finite."
     order = Recorder.order+10
     def after_batch(self):
-        if not self.training or math.isfinite(self.loss): return
+        if not self.training or math.isfinite(self.loss.detach()): return
         void = len(self.yb)==1 and bool((self.yb[0]==self.dls.spec.ignore_index).all())
         if void: self.stop("no pixel of the batch has a label: choose a larger `bs` or crop")
         self.stop(f"the loss is {float(self.loss)}: choose a smaller `lr`")

@@ -1,10 +1,10 @@
-"""What class paste costs: one call of `paste_classes` or `erase_classes` beside one training step, in turn (see common.py).
+"""What class paste costs: a call of `paste_classes` or `erase_classes` beside a training step, in turn (common.py).
 
     python benchmarks/paste_step.py --csv results/paste_step.csv
 
 Each round runs one plain step and then one call of every variant, so a ratio is the share of a step that the call adds.
-p is 1: every image changes in every call; at the default p = 1/2 it is half as much on average. The image is noise and its
-labels are blocks of 16 pixels, so every class is in every image.
+p is 1: every image changes in every call; at the default p = 1/2 it is half as much on average. The image is noise and
+its labels are blocks of 16 pixels, so every class is in every image.
 """
 import torch
 from fastcore.script import call_parse

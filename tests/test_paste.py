@@ -87,7 +87,8 @@ def test_nothing_to_paste():
     x,y = toy_batch(4, C, 16)
     one,void,single = y[:1],torch.full_like(y, VOID),torch.full_like(y, 2)
     cases = [(x, y, dict(p=0.)), (x[:1], one, {}), (x, void, dict(weights=torch.ones(C))),
-             (x, y, dict(min_pixels=1000)), (x, y, dict(max_share=0.)), (x, single, dict(weights=torch.tensor([1.,1.,0.,1.])))]
+             (x, y, dict(min_pixels=1000)), (x, y, dict(max_share=0.)),
+             (x, single, dict(weights=torch.tensor([1.,1.,0.,1.])))]
     for images,labels,options in cases:
         for components in (False, True):
             x2,y2 = pasted(images, labels, components=components, **options)

@@ -163,14 +163,14 @@ def sgd(params, lr=1e-3): return SGD(params, lr=lr, mom=.9)
 
 def only_class(classes): return [o for o in range(classes) if o!=DROPPED]
 
-def build_step(name, base, classes, x, y, **cb_options):
+def build_step(name, base, classes, x, y, callback=DropClassCallback, **cb_options):
     "The step of one variant."
     model = copy.deepcopy(base)
     loops = {'plain':lambda m: plain, 'plain again':lambda m: plain, 'plain, Flat':lambda m: flat(), 'dropclass':lambda m: fused(m, classes),
              'dropclass, stacked':lambda m: stacked(m, classes), "authors' formula":lambda m: authors_formula(m, classes), 'Grad-CAM':lambda m: gradcam(m, classes)}
     if name in loops: return looped(model, loops[name](model), x, y)
     if name=='plain, Learner': return in_learner(model, x, y)
-    return in_learner(model, x, y, DropClassCallback(**{**dict(lam=LAM, drop_prob=1., never_drop=only_class(classes)), **cb_options}))
+    return in_learner(model, x, y, callback(**{**dict(lam=LAM, drop_prob=1., never_drop=only_class(classes)), **cb_options}))
 
 VARIANTS = ('plain', 'plain again', 'plain, Flat', 'plain, Learner', 'dropclass', 'dropclass, Learner', 'dropclass, stacked', "authors' formula", 'Grad-CAM')
 

@@ -25,7 +25,7 @@ from functools import partial
 from safetensors.torch import load_file
 
 from dropclass.rivals import FadeWeightsCallback
-from dropclass.callback import DropClassCallback
+from dropclass.analysis.ablations import ablated
 from dropclass.core import VOID, step_generator
 from dropclass.run.distributed import RankDL, over_ranks, split_dl
 from dropclass.run.experiment import Config, RunRecorder, load_run, train_run
@@ -98,6 +98,12 @@ VARIANTS = {'fused':dict(), 'stacked':dict(fused=False), 'lam 0':dict(lam=0., dr
             'weights in Eq. (6)':dict(masked_weights=True), 'weights in Eq. (6), stacked':dict(masked_weights=True, fused=False), 'weights that fade':None, 'weights that fade, a rank of void':None, 'plain':None, 'plain, a rank of void':None, 'a rank of void':dict(), "fastai's context":dict(), "fastai's context, weights that fade":None}
 
 
+def drop_class(options):
+    "The callback, or the ablation that the options name."
+    cls,options = ablated(options)
+    return cls(**options)
+
+
 def training_context(variant, learn):
     "fastai's own or ours; fastai's sends the indices through a GPU, which is not there."
     if not variant.startswith("fastai's context") or num_ranks()==1: return over_ranks(learn, sync_bn=False)
@@ -116,7 +122,7 @@ def five_steps(variant, ranks=1):
     torch.manual_seed(0)
     model = ToyNet().double()
     options = VARIANTS[variant]
-    cbs = [FrozenNorms(), *([FadeWeightsCallback()] if 'fade' in variant else []), *([] if options is None else [DropClassCallback(**{'drop_prob':1., **options})])]
+    cbs = [FrozenNorms(), *([FadeWeightsCallback()] if 'fade' in variant else []), *([] if options is None else [drop_class({'drop_prob':1., **options})])]
     loss = nn.CrossEntropyLoss(weight=torch.tensor([.5, 1., 2., 3.]).double(), ignore_index=VOID)
     learn = Learner(dls, model, loss, lr=.05, opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)), cbs=cbs)
     learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])

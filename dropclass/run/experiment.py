@@ -44,8 +44,8 @@ from fastcore.basics import patch
 from fastai.torch_core import default_device, get_model, rank_distrib, set_seed, to_float
 from safetensors.torch import load_file, save
 from ..rivals import LOSSES, FadeWeightsCallback, IgnoreLabelCallback, check_loss_fits, published_weights, region_loss
+from ..analysis.ablations import ablated
 from ..analysis.subjects import Subject, answer_by
-from ..callback import DropClassCallback
 from ..core import ClassSpec, check_choice, check_device, check_unit, colorize, write_json, writing
 from ..data.core import make_dls
 from ..stats import check_counts, class_counts, median_frequency_weights
@@ -261,13 +261,15 @@ def make_method(
     if config.method=='plain':
         if config.dropclass: raise ValueError(f"`method='plain'` has no options, got {', '.join(config.dropclass)}: drop them, or use `method='dropclass'`")
         return []
-    callback = {'ignore_label':IgnoreLabelCallback, 'fade_weights':FadeWeightsCallback}.get(config.method, DropClassCallback)
-    known = [o for o in inspect.signature(callback).parameters]
-    options = {check_choice(k, known, f'{callback.__name__} option'):v for k,v in config.dropclass.items()}
-    if config.method=='no_drop': options = {**options, 'drop_prob':0., 'alpha':0.}
+    rivals,options = {'ignore_label':IgnoreLabelCallback, 'fade_weights':FadeWeightsCallback},dict(config.dropclass)
+    if config.method in rivals:
+        callback = rivals[config.method]
+        for k in options: check_choice(k, inspect.signature(callback).parameters, f'{callback.__name__} option')
+    else: callback,options = ablated(options)
+    if config.method=='no_drop': options.update(drop_prob=0., alpha=0.)
     for k in ('lam','drop_prob'):
         if k in options: options[k] = read_schedule(options[k], k)
-    if 'seed' in known: options = {'seed':config.seed, **options}
+    if config.method!='fade_weights': options = {'seed':config.seed, **options}
     return [callback(**options)]
 
 # %% ../../nbs/70_run.experiment.ipynb #35bd5028
@@ -288,6 +290,7 @@ def make_changes(
 # %% ../../nbs/70_run.experiment.ipynb #c886e63b
 class BFloat16(MixedPrecision):
     "Mixed precision with bfloat16, on a CPU too."
+    reads_pred = False # Its `after_pred` brings it to float32
     def __init__(self): super().__init__(amp_mode=AMPMode.BF16)
 
     def before_fit(self):

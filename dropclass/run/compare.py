@@ -319,7 +319,7 @@ def group_arms(
     runs, # Several `RunFiles`
 ) -> list: # Per arm a dict of seed -> `RunFiles`, in the order of the runs
     "Take runs together that differ only in the seed."
-    from dropclass.run.experiment import without_folder
+    from dropclass.run.config import without_folder
     arms = {}
     for run in runs:
         config = {**_LATER, **run.config, 'data_options':without_folder(run.config.get('data_options', {}), run.config.get('path'))} # Data may lie elsewhere

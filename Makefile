@@ -44,6 +44,7 @@ check: $(STAMP) ## only whether package, README, notebooks and site fit each oth
 	$(TEST_ENV) python -m pytest -q tests/test_package.py tests/test_site.py
 
 nbs: $(STAMP) ## write dropclass/ from the notebooks and clean them
+	$(BIN)/python .ci/repo_url.py
 	$(RUN_ENV) nbdev-export
 	$(RUN_ENV) nbdev-clean
 

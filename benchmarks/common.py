@@ -36,7 +36,8 @@ from torch.nn import functional as F
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID
 from dropclass.fused import resize_dropclass_loss
-from dropclass.head import add_dropclass, compensation_block, find_classifier, split_paths
+from dropclass.head import compensation_block, split_paths
+from dropclass.surgery import add_dropclass, find_classifier
 from dropclass.losses import dropclass_loss
 from dropclass.models import create_model
 
@@ -94,10 +95,9 @@ def keep_mask(classes):
 def fused(model, classes):
     "The loss of a loop with the head, from the small logits."
     head,mask = add_dropclass(model, classes),keep_mask(classes)
-    head.small_only = True
     def loss_of(model, x, y):
-        with head.dropping(mask, LAM): model(x)
-        (logits,drop_logits),head.small = head.small,None
+        with head.dropping(mask, LAM, small_only=True) as step: model(x)
+        logits,drop_logits = step.small
         return resize_dropclass_loss(logits, drop_logits, y, DROPPED, LAM, ALPHA)[0]
     return loss_of
 

@@ -13,8 +13,7 @@ from operator import index
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import patch, store_attr
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
@@ -22,11 +21,12 @@ from fastai.callback.mixup import MixHandler
 from fastai.data.transforms import get_c
 from fastai.learner import CastToTensor, ValueMetric
 from fastai.torch_core import norm_bias_params
-from .core import check_choice, eval_mode, step_generator
+from .core import check_choice, step_generator
 from .stats import class_counts
 from .features import cycled_class, draw_weights, dropped_class, sample_keep_mask
-from .fused import find_resize, fuses, resize_dropclass_loss
-from .head import HEAD_CHOICES, HEAD_OPTIONS, add_dropclass, get_head, main_output, remove_dropclass, split_paths, uncompiled
+from .fused import fuses, resize_dropclass_loss
+from .head import HEAD_CHOICES, HEAD_OPTIONS, split_paths
+from .surgery import add_dropclass, get_head, remove_dropclass, resize_behind
 from .losses import NotPerPixel, check_void, choose_paths, cross_entropy_options, drop_path_losses, get_ignore_index, per_pixel_loss, plain_tensor, total_loss, strip_weights
 from .ranks import num_ranks, pixel_shares, shared_weights, sum_over_ranks
 from .schedules import Ramp, as_schedule, global_step, schedule_value
@@ -178,7 +178,7 @@ def evaluating(self:DropClassCallback) -> bool: # Does the Learner only predict?
 def disarm(self:DropClassCallback):
     "Let the head answer by one path."
     head = get_head(self.learn.model)
-    if head is not None: head.keep_mask,head.both_in_eval,head.small_only,head.small,head.only,head.shuffle = None,False,False,None,None,None
+    if head is not None: head.step = None
 
 @patch
 def tidy(self:DropClassCallback):
@@ -214,7 +214,7 @@ def before_fit(self:DropClassCallback):
     if spec is not None: check_void(self.loss_func, spec.ignore_index)
     if self.masked_weights is False: strip_weights(cross_entropy_options(self.loss_func), self.loss_func) # Fails before the first step, if at all
     self.setup_head(fitting=True)
-    self.drop_head.quiet = False # Should a later fit forget the callback, it is told
+    self.drop_head.warned = False # Should a later fit forget the callback, it is told
     extend_optimizer(self.learn, self.drop_head)
     self.drop_head.to(next(self.model.parameters()).device)
     self.fitting,self.begun,self.valid_sums,self.routes = True,False,[0., 0., 0.],{}
@@ -262,7 +262,7 @@ def step_state(self:DropClassCallback) -> dict: # Numbers of this step
     z = dropped_class(self.keep_mask)
     self.step_paths = choose_paths(lam, z, self.alpha, self.paths=='sample', generator)
     shuffles = self.drop=='random' and z is not None
-    self.drop_head.shuffle = torch.randperm(self.drop_head.compensation[0].in_channels, generator=generator) if shuffles else None
+    self.shuffle = torch.randperm(self.drop_head.compensation[0].in_channels, generator=generator) if shuffles else None
     return dict(step=step, epoch=self.epoch, lam=lam, drop_prob=drop_prob, dropped_class=z, path=self.step_paths.path)
 
 # %% ../nbs/30_callback.ipynb #57876ab8
@@ -270,29 +270,27 @@ def step_state(self:DropClassCallback) -> dict: # Numbers of this step
 def before_batch(self:DropClassCallback):
     "Arm the head: with this step's mask in training, with all classes kept in validation."
     if self.evaluating: return
-    self.drop_head.only = self.drop_head.shuffle = None
-    if self.training: self.now,self.small = self.step_state(),self.small_route()
-    else: self.keep_mask,self.small = torch.ones(len(self.names)),None
-    if self.training and self.step_paths.path!='both': self.drop_head.only = self.step_paths.path
-    self.drop_head.small_only,self.drop_head.answered = self.small is not None,False
-    if self.training and self.now['lam']>=.5: self.drop_head.mark_trained()
-    self.drop_head.both_in_eval = self.both_paths and not self.training
-    if self.training or self.both_paths: self.drop_head.keep_mask = self.keep_mask
+    self.small,self.drop_head.step = None,None
+    if self.training:
+        self.now,self.small = self.step_state(),self.small_route()
+        wanted = dict(only=self.step_paths.path, shuffle=self.shuffle, small_only=self.small is not None)
+        self.drop_head.arm(self.keep_mask, self.now['lam'], **wanted)
+    elif self.both_paths: self.drop_head.arm(torch.ones(len(self.names)), in_eval=True)
 
 # %% ../nbs/30_callback.ipynb #45a3411b
 @patch
 def after_pred(self:DropClassCallback):
     "Hand one path on, keep the other."
-    if self.evaluating or self.drop_head.keep_mask is None: return
-    self.drop_head.keep_mask,self.drop_head.both_in_eval = None,False
-    if not self.drop_head.answered:
+    if self.evaluating or self.drop_head.step is None: return
+    step,self.drop_head.step = self.drop_head.step,None
+    if not step.answered:
         if self.training and not self.drop_head.training: raise ValueError("The head is in evaluation mode while the Learner trains: look for a callback that calls `model.eval()`, and freeze layers by `learn.freeze_to` instead")
         raise ValueError("The head did not run in this step: its layer is not on the way to the prediction; name another with `classifier`")
     if not isinstance(self.pred, Tensor):
         raise TypeError(f"The model returns {type(self.pred).__name__}, which fastai's losses cannot take: wrap it, as in Learner(dls, OutputAdapter(model), ...)")
-    if self.small is not None: return self.take_small()
+    if step.small_only: return self.take_small(step)
     logits,self.drop_logits = split_paths(self.pred, len(self.yb[0]))
-    if self.drop_head.only=='drop': self.drop_logits = logits
+    if step.path=='drop': self.drop_logits = logits
     if self.training: self.learn.pred = logits
     else: self.compare_paths(logits)
 
@@ -343,53 +341,13 @@ def why_full(self:DropClassCallback) -> str|None: # A reason, or None
     others = [] if self.fused=='always' else [cb.name for cb in self.learn.cbs if may_read_pred(cb)]
     if others: return f"the callback {others[0]} may read the prediction (`reads_pred = False` in its class says that it does not)"
 
-# %% ../nbs/30_callback.ipynb #7e897e45
-@patch
-def measure_tail(self:DropClassCallback): # Options of the resize as a dict, or a reason against it as text
-    "Send one image through the network in evaluation mode and look at what the tail does to noise, then to one channel of it."
-    seen,out = self.run_tail()
-    if len(seen)!=1: return 'the head runs several times'
-    if seen[0].shape==out.shape: return 'the tail resizes nothing'
-    if out.shape[2:]!=self.yb[0].shape[1:]: return 'the prediction has another size than the labels'
-    resize = find_resize(seen[0], out)
-    if resize is None: return 'the tail is no plain resize'
-    try: seen,out = self.run_tail(1, learns=True)
-    except Exception as e: return f'the tail needs all channels ({type(e).__name__})'
-    if out.requires_grad: return 'the tail learns'
-    return resize if find_resize(seen[0], out)==resize else 'the tail needs all channels, or is another one in training'
-
-# %% ../nbs/30_callback.ipynb #db775d51
-@patch
-def run_tail(self:DropClassCallback,
-    channels:int|None=None, # Channels that the head returns; None is all C
-    learns:bool=False, # As in training: record what the tail computes for gradients, and switch dropout and the like on?
-) -> tuple: # What the head returned in each of its calls, a list of (1,C,h1,w1) or (1,channels,h1,w1), and the main prediction
-    "Send one image through the network in evaluation mode, with noise for logits that needs no gradient."
-    model,seen = self.learn.model,[]
-    if isinstance(model, (DistributedDataParallel, DataParallel)): model = model.module
-    def note(m, args, out):
-        if m.leaf is not None: return # The importance is being differentiated, which runs the head again
-        out = out.detach()[:,:channels]
-        seen.append(out.abs().max().clamp(min=1)*torch.randn_like(out))
-        return seen[-1].clone() # The tail may overwrite it
-    handle,kept = self.drop_head.register_forward_hook(note),[(o, o.clone()) for o in model.buffers()]
-    try:
-        with torch.set_grad_enabled(learns), eval_mode(model), uncompiled(), torch.random.fork_rng([o.device for o in self.xb[:1] if o.is_cuda]):
-            for m in model.modules():
-                if learns and m is not self.drop_head and not isinstance(m, _NormBase): m.training = True # A norm cannot take one image; a dropout in the tail shows
-            return seen,main_output(model(*(o[:1] for o in self.xb)))
-    finally:
-        handle.remove()
-        with torch.no_grad():
-            for o,old in kept: o.copy_(old) # What counts or averages what it sees has not seen the noise
-
 # %% ../nbs/30_callback.ipynb #60655a52
 @patch
 def small_route(self:DropClassCallback) -> dict|None: # Options of the fused loss, or None for the stacked route
     "Choose the route of this step, once per size of the input."
     key = tuple(self.xb[0].shape[1:])
     if key not in self.routes:
-        found = self.why_full() or self.measure_tail()
+        found = self.why_full() or resize_behind(self.learn.model, tuple(o[:1] for o in self.xb), self.yb[0].shape[1:])
         self.routes[key] = found if isinstance(found, str) else {**fuses(self.loss_func), **found}
     route = self.routes[key]
     if isinstance(route, str) and self.fused=='always':
@@ -399,11 +357,13 @@ def small_route(self:DropClassCallback) -> dict|None: # Options of the fused los
 
 # %% ../nbs/30_callback.ipynb #575f2488
 @patch
-def take_small(self:DropClassCallback):
-    "Take the small logits from the head, and leave fastai one pixel to compare."
-    self.plain_logits,self.drop_logits = self.drop_head.small
+def take_small(self:DropClassCallback,
+    step, # The head's `DropStep`, after the forward
+):
+    "Take the small logits, and leave fastai one pixel to compare."
+    self.plain_logits,self.drop_logits = step.small
     self.small_logits = self.drop_logits if self.plain_logits is None else self.plain_logits
-    self.drop_head.small,self.full_yb = None,self.learn.yb
+    self.full_yb = self.learn.yb
     pixel = (slice(None, 1), Ellipsis, *[slice(None, 1)]*2)
     self.learn.pred,self.learn.yb = self.small_logits[pixel],(torch.full_like(self.full_yb[0][pixel], self.droppable[0]),) # A label that counts: void would give NaN
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TAUS', 'class_offsets', 'grid_confusions', 'class_totals', 'prior_confusions', 'counts_iou', 'counts_miou',
-           'PriorTuning', 'tune_prior', 'ShiftedOutput', 'with_logits', 'shift_classes', 'unshift_classes']
+           'PriorTuning', 'tune_prior', 'ShiftedOutput', 'shift_classes', 'unshift_classes']
 
 # %% ../nbs/32_prior.ipynb #10edafca
 import warnings
@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd
 from fastai.learner import Learner
 from fastcore.basics import patch
 from .core import VOID, check_choice, check_network, check_target, eval_mode
-from .head import find_classifier, get_head, main_output, make_probe, uncompiled
+from .surgery import find_classifier, get_head, main_output, make_probe, run_probe
 from .losses import get_ignore_index, loss_input
 from .metrics import own_rows, rare_classes
 from .models import pick_logits
@@ -30,13 +30,13 @@ from .ranks import gather_ranks, sum_over_ranks
 TAUS = (-.5, -.25, 0., .25, .5, .75, 1., 1.25, 1.5) # The default grid
 
 def class_offsets(
-    weights=None, # Class weights of the training loss (C,), all above 0: tensor, array or list; their scale does not matter
+    weights=None, # Class weights of the training loss (C,), above 0: tensor, array or list; their scale does not matter
     tau=1., # How far to go: a number, or T of them; 0 changes nothing
     counts=None, # Instead of weights, for a network trained without: training pixels of each class (C,)
 ) -> Tensor: # Offsets to add to the logits, (C,), or (T,C) for several tau; float32, mean 0 over the classes
     "Turn class weights or pixel counts into one constant per class, `-tau*log(w)`."
     if (weights is None)==(counts is None):
-        raise ValueError("Give `weights`, those of the training loss, or `counts`, the training pixels of each class: one of the two")
+        raise ValueError("Give `weights`, those of the training loss, or `counts`, the training pixels: one of the two")
     values = check_weights(weights) if counts is None else check_counts(counts)
     log = values.log().where(values>0, torch.nan)
     line = torch.nan_to_num(log.nanmean()-log) # A class without a pixel stays where it is
@@ -49,15 +49,19 @@ def check_weights(
     "Refuse class weights without a logarithm."
     values = torch.as_tensor(weights).detach().cpu().double()
     if values.ndim==1 and len(values)>1 and (values>0).all() and values.isfinite().all(): return values
-    raise ValueError(f"`weights` must be one finite number above 0 per class, got {values.tolist()}: a class that the loss left out cannot be shifted")
+    raise ValueError(f"`weights` must be one finite number above 0 per class, got {values.tolist()}: "
+                     "a class that the loss leaves out was not learnt, and no offset helps it")
 
+# %% ../nbs/32_prior.ipynb #a6809f50
 def check_counts(
     counts, # One number per class (C,)
 ) -> Tensor: # The same as float64, on the CPU
     "Refuse pixel counts that are none."
     values = torch.as_tensor(counts).detach().cpu().double()
-    if values.ndim==1 and len(values)>1 and (values>=0).all() and values.any() and values.isfinite().all(): return values
-    raise ValueError(f"`counts` must be one number of at least 0 per class, not all of them 0, got {values.tolist()}: count the training masks")
+    fit = values.ndim==1 and len(values)>1 and (values>=0).all() and values.isfinite().all()
+    if fit and values.any(): return values
+    raise ValueError(f"`counts` must be one number of at least 0 per class, not all of them 0, got {values.tolist()}: "
+                     "count the training masks")
 
 # %% ../nbs/32_prior.ipynb #51a91ac8
 def shifted_labels(
@@ -102,7 +106,8 @@ def grid_confusions(
     logits,target = loss_input(logits, target)
     num_classes = logits.shape[1]
     offsets,valid = check_offsets(offsets, num_classes).to(logits),target!=ignore_index
-    if (valid & ((target<0)|(target>=num_classes))).any(): check_target(target[valid], num_classes, ignore_index)
+    strange = valid & ((target<0)|(target>=num_classes))
+    if strange.any(): check_target(target[valid], num_classes, ignore_index)
     target = target.where(valid, num_classes)
     return torch.stack([count_image(x.flatten(1), y.flatten(), offsets) for x,y in zip(logits, target)])
 
@@ -114,18 +119,21 @@ def check_offsets(
     "Refuse offsets that do not fit the classes."
     offsets = torch.as_tensor(offsets).detach()
     if offsets.ndim!=2 or not offsets.isfinite().all():
-        raise ValueError(f"`offsets` must be finite numbers, one row (C,) for each shift, got shape {tuple(offsets.shape)}: `class_offsets` makes them from several tau")
+        raise ValueError(f"`offsets` must be finite, one row (C,) for each shift, got shape {tuple(offsets.shape)}: "
+                         "`class_offsets` makes them from several tau")
     if offsets.shape[1]==num_classes: return offsets
-    raise ValueError(f"There are offsets for {offsets.shape[1]} classes, but the network predicts {num_classes}: give one weight or count per class that it predicts")
+    raise ValueError(f"There are offsets for {offsets.shape[1]} classes, but the network predicts {num_classes}: "
+                     "give one weight or count per class that it predicts")
 
 # %% ../nbs/32_prior.ipynb #e2328a14
 def check_logits(
     logits:Tensor, # What the network predicts (N,C,...)
 ) -> Tensor: # The same
     "Refuse probabilities."
-    if logits.min()<0 or (logits.float().sum(1)-1).abs().max()>.01: return logits
-    raise ValueError("The network returns probabilities (they lie in [0,1] and sum to 1 over the classes), but offsets are added to logits: "
-                     "take the softmax off its end, or return the logarithm of the probabilities")
+    probabilities = logits.min()>=0 and (logits.float().sum(1)-1).abs().max()<.01
+    if not probabilities: return logits
+    raise ValueError("The network returns probabilities (they lie in [0,1] and sum to 1 over the classes), but offsets "
+                     "belong to logits: take the softmax off its end, or return the logarithm of the probabilities")
 
 # %% ../nbs/32_prior.ipynb #5a0c0b98
 def class_totals(
@@ -137,7 +145,7 @@ def class_totals(
 # %% ../nbs/32_prior.ipynb #f3ba69fa
 def prior_confusions(
     model:nn.Module, # Network from images (N,3,H,W) to logits (N,C,H,W), or to a dict or tuple with them
-    dl, # Batches of (images, labels), or anything with images first and labels last; all processes together if it splits over them
+    dl, # Batches with images first and labels last; all processes together if it splits over them
     offsets:Tensor, # Offsets (T,C), from `class_offsets`
     ignore_index:int=VOID, # The void label
     per_image:bool=False, # Return the counts of every image, too?
@@ -151,11 +159,10 @@ def prior_confusions(
         for batch in dl:
             rows = own_rows(dl, len(batch[0])) # Without the images that only fill up the last batch
             if not rows: continue
-            logits = pick_logits(model(batch[0][:rows].to(where)))[0]
-            if not images: check_logits(logits)
+            logits = check_logits(pick_logits(model(batch[0][:rows].to(where)))[0])
             counts = grid_confusions(logits, batch[-1][:rows].to(where), offsets, ignore_index)
             total += counts.sum(0)
-            images.append(class_totals(counts).cpu())
+            if per_image: images.append(class_totals(counts).cpu())
     if hasattr(dl, 'world_size'): total,images = sum_over_ranks(total),sum(gather_ranks(images), [])
     return (total.cpu(), torch.cat(images)) if per_image else total.cpu()
 
@@ -169,6 +176,7 @@ def counts_iou(
     union = (labelled+predicted-right).double()
     return torch.where(union>0, right/union.clamp(min=1), torch.nan)
 
+# %% ../nbs/32_prior.ipynb #9f29757a
 def counts_miou(
     right:Tensor, # Pixels that are right, of each class (...,C)
     labelled:Tensor, # Pixels labelled so (...,C)
@@ -191,30 +199,35 @@ class PriorTuning:
     name:str # What the metric is called
     rare:list # Labels of the rare classes
 
-    def score(self,
-        totals:Tensor, # (...,3,C), see `class_totals`
-    ) -> Tensor: # (...), float64
-        "Apply the metric."
-        return torch.as_tensor(self.metric(*totals.double().unbind(-2)))
-
-    def choose(self,
-        scores:Tensor, # One score for each tau (T,)
-    ) -> int: # Position in the grid
-        "Take the best score; of equal ones the tau nearest to 0."
-        return max(range(len(self.taus)), key=lambda i: (scores[i].nan_to_num(-torch.inf).item(), -abs(self.taus[i])))
-
     @property
     def scores(self): return self.score(class_totals(self.confusions))
+    @property
+    def gains(self): return self.scores-self.scores[self.taus.index(0)]
     @property
     def best(self): return self.choose(self.scores)
     @property
     def tau(self): return self.taus[self.best]
     @property
     def offsets(self): return self.grid[self.best]
-    @property
-    def gains(self): return self.scores-self.scores[self.taus.index(0)]
 
 # %% ../nbs/32_prior.ipynb #7dced2ea
+@patch
+def score(self:PriorTuning,
+    totals:Tensor, # (...,3,C), see `class_totals`
+) -> Tensor: # (...), float64
+    "Apply the metric."
+    return self.metric(*totals.double().unbind(-2))
+
+# %% ../nbs/32_prior.ipynb #a3e56763
+@patch
+def choose(self:PriorTuning,
+    scores:Tensor, # One score for each tau (T,)
+) -> int: # Position in the grid
+    "Find the best tau."
+    scores = scores.nan_to_num(-torch.inf).tolist()
+    return max(range(len(scores)), key=lambda i: (scores[i], -abs(self.taus[i])))
+
+# %% ../nbs/32_prior.ipynb #18ecd60b
 @patch
 def resampled_gains(self:PriorTuning,
     n:int=200, # Resamples
@@ -223,55 +236,112 @@ def resampled_gains(self:PriorTuning,
     "Draw the images again, with replacement."
     size = len(self.images)
     picks = torch.randint(size, (n,size), generator=torch.Generator().manual_seed(seed))
-    times = torch.zeros(n, size, dtype=torch.float64).scatter_add_(1, picks, torch.ones(n, size, dtype=torch.float64))
+    times = torch.zeros(n, size).scatter_add_(1, picks, torch.ones(n, size)).double()
     totals = (times@self.images.double().flatten(1)).view(n, *self.images.shape[1:])
     scores = self.score(totals)
     return scores-scores[:,[self.taus.index(0)]]
 
-@patch
-def held_out_gain(self:PriorTuning,
-    folds:int=5, # Parts that the images are split into
-) -> float: # Gain over tau 0; nan for a single image
-    "Choose tau on the other parts and score it on this one, for each part."
-    size,total,picked = len(self.images),self.images.sum(0),0
-    if size<2: return float('nan')
-    fold = torch.arange(size)*min(folds, size)//size
-    for k in range(min(folds, size)):
-        part = self.images[fold==k].sum(0)
-        picked = picked+part[self.choose(self.score(total-part))]
-    return float(self.score(picked)-self.score(total)[self.taus.index(0)])
+# %% ../nbs/32_prior.ipynb #c4bbe9c2
+def loss_weights(
+    loss_func, # A loss: module, fastai loss, `functools.partial` or function
+) -> Tensor|None: # Its class weights (C,); None if it has none
+    "Find the class weights of a loss, inside wrappers too."
+    if isinstance(loss_func, partial): return loss_func.keywords.get('weight')
+    found = getattr(loss_func, 'weight', None)
+    if isinstance(found, Tensor) and found.ndim==1 and not isinstance(found, nn.Parameter): return found
+    inner = loss_func.children() if isinstance(loss_func, nn.Module) else [getattr(loss_func, 'func', None)]
+    return next((w for o in inner if o is not None and (w := loss_weights(o)) is not None), None)
 
-# %% ../nbs/32_prior.ipynb #a3e56763
-@patch
-def table(self:PriorTuning) -> pd.DataFrame: # One row per tau; percent
-    "Tabulate the curve."
-    totals = class_totals(self.confusions).double().unbind(-2)
-    columns = {'mIoU':counts_miou(*totals), 'rare mIoU':counts_miou(*totals, classes=self.rare), 'pixel accuracy':totals[0].sum(-1)/totals[1].sum(-1)}
-    if self.name not in ('miou','rare_miou'): columns[self.name] = self.scores
-    return pd.DataFrame({k:100*v.numpy() for k,v in columns.items()}, index=pd.Index(self.taus, name='tau'))
+# %% ../nbs/32_prior.ipynb #6ea9cbe8
+FEW = 10 # Fewer images than this are never enough
 
+def warn_of(
+    found:PriorTuning, # The result of a pass
+):
+    "Warn where the choice is weak."
+    images,doubt = len(found.images),(found.resampled_gains()[:,found.best]<=0).double().mean().item()
+    if found.best in (0, len(found.taus)-1):
+        warnings.warn(f"The best tau, {found.tau:g}, is an end of the grid: give `taus` that go further", stacklevel=3)
+    if images<FEW: why = f"below {FEW} images the choice is a guess"
+    elif found.tau and doubt>.1: why = f"in {100*doubt:.0f} % of the resamples it is no better than 0"
+    else: return
+    warnings.warn(f"Tau {found.tau:g} is uncertain with {images} images, {why}: tune on more", stacklevel=3)
+
+# %% ../nbs/32_prior.ipynb #2399757f
+def tune_prior(
+    model, # A network from images (N,3,H,W) to logits (N,C,H,W), or a fastai Learner
+    dl=None, # Batches of (images, labels), not those that you report on; None takes a Learner's validation set
+    weights=None, # Class weights of the training loss (C,); None reads them off a Learner's loss
+    counts=None, # Training pixels of each class (C,): they tell the rare classes, and without weights give the offsets
+    metric='miou', # 'miou', 'rare_miou', or a function of pixels right, labelled and predicted, each (...,C), to (...)
+    taus=TAUS, # Values to try, in any order; 0 is always among them
+    ignore_index:int|None=None, # The void label; None takes that of a Learner's loss, else 255
+) -> PriorTuning: # The curve and the best tau; the network is as before
+    "Find in one pass how far a network's class bias should be taken back."
+    if isinstance(model, Learner):
+        dl = model.dls.valid if dl is None else dl
+        weights = loss_weights(model.loss_func) if weights is None else weights
+        ignore_index = get_ignore_index(model.loss_func) if ignore_index is None else ignore_index
+        model = model.model
+    if dl is None: raise ValueError("Give `dl`, batches of images and labels to tune on")
+    if not callable(metric): check_choice(metric, ['miou','rare_miou'], 'metric')
+    taus = tuple(sorted({0., *map(float, taus)}))
+    grid = tuning_grid(weights, counts, taus)
+    found = prior_confusions(model, dl, grid, VOID if ignore_index is None else ignore_index, per_image=True)
+    return judged(taus, grid, *found, metric, counts)
+
+# %% ../nbs/32_prior.ipynb #47dc68e6
+def judged(
+    taus:tuple, # Values that were tried
+    grid:Tensor, # Their offsets (T,C)
+    confusions:Tensor, # Pixel counts (T,C,C)
+    images:Tensor, # Counts of each image (I,T,3,C)
+    metric, # Name or function
+    counts, # Training pixels (C,), or None
+) -> PriorTuning: # The result
+    "Choose, and warn where the choice is weak."
+    labelled = confusions[0].sum(1)
+    if not labelled.any(): raise ValueError("All pixels of the tuning images are void: give images with labels")
+    rare = rare_classes(labelled if counts is None else counts)
+    name = getattr(metric, '__name__', 'metric') if callable(metric) else metric
+    measure = {'miou':counts_miou, 'rare_miou':partial(counts_miou, classes=rare)}.get(metric, metric)
+    found = PriorTuning(taus, grid, confusions, images, measure, name, rare)
+    warn_of(found)
+    return found
+
+# %% ../nbs/32_prior.ipynb #3262c708
+def tuning_grid(
+    weights, # Class weights (C,), or None
+    counts, # Training pixels (C,), or None
+    taus:tuple, # Values to try
+) -> Tensor: # Offsets (T,C)
+    "Make the offsets, and refuse weights or counts that leave nothing to try."
+    if weights is None and counts is None:
+        raise ValueError("There are no class weights: give `weights`, those of the training loss, or for a network "
+                         "trained without any `counts`, the training pixels of each class")
+    grid = class_offsets(tau=taus, counts=counts) if weights is None else class_offsets(weights, taus)
+    if counts is not None and len(check_counts(counts))!=grid.shape[1]:
+        raise ValueError(f"`counts` has {len(counts)} entries, `weights` {grid.shape[1]}: give one per class in both")
+    if grid.any(): return grid
+    raise ValueError("The weights or counts are alike for all classes, so every offset is 0: for a network trained "
+                     "without class weights give `counts`, the training pixels of each class")
+
+# %% ../nbs/32_prior.ipynb #f2fb963b
 @patch
 def classes(self:PriorTuning,
     names:list|None=None, # Class names; None numbers them
 ) -> pd.DataFrame: # One row per class, the rarest first; percent, and the offset in units of the logits
     "Tabulate what the best tau does to each class."
     totals = class_totals(self.confusions)
-    before,after = 100*counts_iou(*totals[self.taus.index(0)]),100*counts_iou(*totals[self.best])
+    before,after = (100*counts_iou(*totals[i]) for i in (self.taus.index(0), self.best))
     labelled = totals[0,1].double()
-    columns = {'pixels':100*labelled/labelled.sum(), 'tau 0':before, f'tau {self.tau:g}':after, 'gain':after-before, 'offset':self.offsets}
-    rows = pd.DataFrame({k:v.numpy() for k,v in columns.items()}, index=names or [f'class {i}' for i in range(len(labelled))])
+    names = [f'class {i}' for i in range(len(labelled))] if names is None else list(names)
+    columns = {'pixels':100*labelled/labelled.sum(), 'tau 0':before, f'tau {self.tau:g}':after, 'offset':self.offsets}
+    rows = pd.DataFrame({k:v.numpy() for k,v in columns.items()}, index=names)
     rows['note'] = ['' if o else 'no labelled pixel here: its offset is a guess' for o in labelled.tolist()]
     return rows.iloc[labelled.argsort(stable=True).tolist()]
 
-@patch
-def __repr__(self:PriorTuning):
-    "Say in a line what was chosen, and what it brings."
-    i,zero,n = self.best,self.taus.index(0),len(self.images)
-    low,high = self.resampled_gains()[:,i].quantile(torch.tensor([.05,.95]).double()).mul(100).tolist()
-    return (f"tau {self.tau:g}: {self.name} {100*self.scores[i]:.1f} % instead of {100*self.scores[zero]:.1f} % (gain {100*self.gains[i]:+.1f}, "
-            f"90 % interval {low:+.1f} to {high:+.1f} over {n} images; {100*self.held_out_gain():+.1f} where chosen on other images)")
-
-# %% ../nbs/32_prior.ipynb #18ecd60b
+# %% ../nbs/32_prior.ipynb #d99ef840
 @patch
 def plot(self:PriorTuning,
     axs=None, # Two Matplotlib axes; None makes a figure
@@ -287,78 +357,23 @@ def plot(self:PriorTuning,
     for ax,label in zip(axs, ('percent', f'gain in {self.name}, points')):
         ax.axvline(self.tau, color='k', lw=.8, ls=':')
         ax.set(xlabel='tau', ylabel=label)
-    axs[0].legend(frameon=False, fontsize=7)
+    axs[0].legend(frameon=False, fontsize=7, loc='lower left', bbox_to_anchor=(0, 1), ncols=3)
     return axs
 
-# %% ../nbs/32_prior.ipynb #c4bbe9c2
-def loss_weights(
-    loss_func, # A loss: module, fastai loss, `functools.partial` or function
-) -> Tensor|None: # Its class weights (C,); None if it has none
-    "Find the class weights of a loss, inside wrappers too."
-    found = loss_func.keywords.get('weight') if isinstance(loss_func, partial) else getattr(loss_func, 'weight', None)
-    if isinstance(found, Tensor) and found.ndim==1 and not isinstance(found, nn.Parameter): return found
-    inner = loss_func.children() if isinstance(loss_func, nn.Module) else [getattr(loss_func, 'func', None)]
-    return next((w for o in inner if o is not None and (w := loss_weights(o)) is not None), None)
-
-# %% ../nbs/32_prior.ipynb #6ea9cbe8
-FEW = 10 # Fewer images than this are never enough
-
-def warn_of(
-    found:PriorTuning, # The result of a pass
-):
-    "Warn where the choice is weak."
-    taus,i = found.taus,found.best
-    if i in (0, len(taus)-1):
-        warnings.warn(f"The best tau is {found.tau:g}, an end of the grid: a better one may lie beyond, give `taus` that go further", stacklevel=3)
-    doubt = (found.resampled_gains()[:,i]<=0).double().mean().item()
-    if len(found.images)<FEW: why = f"there are {len(found.images)} images, and below {FEW} the choice is a guess"
-    elif found.tau and doubt>.1: why = f"in {100*doubt:.0f} % of the resamples of the {len(found.images)} images it is no better than tau 0"
-    else: return
-    warnings.warn(f"Tau {found.tau:g} is uncertain, {why}: tune on more images", stacklevel=3)
-
-# %% ../nbs/32_prior.ipynb #2399757f
-def tune_prior(
-    model, # A network from images (N,3,H,W) to logits (N,C,H,W), or a fastai Learner
-    dl=None, # Batches of (images, labels), not those that the result is reported on; None takes a Learner's validation set
-    weights=None, # Class weights of the training loss (C,); None reads them off a Learner's loss
-    counts=None, # Training pixels of each class (C,): they tell the rare classes, and give the offsets where there are no weights
-    metric='miou', # What to maximise: 'miou', 'rare_miou', or a function of pixels right, labelled and predicted, each (...,C), to (...)
-    taus=TAUS, # Values to try, in any order; 0 is always among them
-    ignore_index:int|None=None, # The void label; None takes that of a Learner's loss, else 255
-) -> PriorTuning: # The curve and the best tau; the network is as before
-    "Find in one pass how far a network's class bias should be taken back."
-    if isinstance(model, Learner):
-        learn,model = model,model.model
-        dl = learn.dls.valid if dl is None else dl
-        weights = loss_weights(learn.loss_func) if weights is None else weights
-        ignore_index = get_ignore_index(learn.loss_func) if ignore_index is None else ignore_index
-    if dl is None: raise ValueError("Give `dl`, batches of images and labels to tune on")
-    if not callable(metric): check_choice(metric, ['miou','rare_miou'], 'metric')
-    taus = tuple(sorted({0., *map(float, taus)}))
-    grid = tuning_grid(weights, counts, taus)
-    confusions,images = prior_confusions(model, dl, grid, VOID if ignore_index is None else ignore_index, per_image=True)
-    if not confusions.any(): raise ValueError("No pixel of the tuning images has a class, all are void: give labelled images")
-    rare = rare_classes(confusions[0].sum(1) if counts is None else counts)
-    name = getattr(metric, '__name__', 'metric') if callable(metric) else metric
-    measure = {'miou':counts_miou, 'rare_miou':partial(counts_miou, classes=rare)}.get(metric, metric)
-    found = PriorTuning(taus, grid, confusions, images, measure, name, rare)
-    warn_of(found)
-    return found
-
-# %% ../nbs/32_prior.ipynb #3262c708
-def tuning_grid(
-    weights, # Class weights (C,), or None
-    counts, # Training pixels (C,), or None
-    taus:tuple, # Values to try
-) -> Tensor: # Offsets (T,C)
-    "Make the offsets, and refuse weights or counts that leave nothing to try."
-    if weights is None and counts is None:
-        raise ValueError("There are no class weights: give `weights`, those of the training loss, or for a network trained without any `counts`, the training pixels of each class")
-    grid = class_offsets(weights, taus) if weights is not None else class_offsets(tau=taus, counts=counts)
-    if counts is not None and len(check_counts(counts))!=grid.shape[1]:
-        raise ValueError(f"`counts` has {len(counts)} entries, `weights` {grid.shape[1]}: give one per class in both")
-    if grid.any(): return grid
-    raise ValueError("The weights or counts are alike for all classes, so every offset is 0: for a network trained without class weights give `counts`, the training pixels of each class")
+# %% ../nbs/32_prior.ipynb #41e85ae6
+def with_logits(
+    out, # What a network returned
+    old:Tensor, # The tensor of logits in it
+    new:Tensor, # What to put in its place
+): # The same kind of output
+    "Exchange the logits in an output."
+    if out is old: return new
+    if isinstance(out, (tuple,list)):
+        items = [with_logits(o, old, new) for o in out]
+        return type(out)(*items) if hasattr(out, '_fields') else type(out)(items)
+    if not isinstance(out, Mapping): return out
+    items = {k:with_logits(v, old, new) for k,v in out.items()}
+    return items if type(out) is dict else type(out)(**items)
 
 # %% ../nbs/32_prior.ipynb #53cd7c5b
 class ShiftedOutput(nn.Module):
@@ -374,25 +389,27 @@ class ShiftedOutput(nn.Module):
     def forward(self, *args, **kwargs):
         out = self.model(*args, **kwargs)
         logits,_ = pick_logits(out)
-        return with_logits(out, logits, logits+self.offsets.to(logits.dtype).view(-1, *[1]*(logits.dim()-2)))
+        offsets = self.offsets.to(logits.dtype).view(-1, *[1]*(logits.dim()-2))
+        return with_logits(out, logits, logits+offsets)
 
-def with_logits(
-    out, # What a network returned
-    old:Tensor, # The tensor of logits in it
-    new:Tensor, # What to put in its place
-): # The same kind of output
-    "Exchange the logits in an output."
-    if out is old: return new
-    if isinstance(out, (tuple,list)):
-        items = [with_logits(o, old, new) for o in out]
-        return type(out)(*items) if hasattr(out, '_fields') else type(out)(items)
-    if not isinstance(out, Mapping): return out
-    items = {k:with_logits(v, old, new) for k,v in out.items()}
-    return items if type(out) is dict else type(out)(**items)
+# %% ../nbs/32_prior.ipynb #88dbf5cf
+def bias_layer(
+    model:nn.Module, # A network
+    classifier:str|tuple|None, # Name of its classifier, or names; None finds it
+    probe, # Batch of two images
+) -> nn.Module|None: # The layer whose bias may shift the logits; None if there is none
+    "Find the classifier."
+    head = get_head(model)
+    if head is not None: return head.classifier
+    if classifier is None:
+        try: classifier = find_classifier(model, probe=probe)
+        except ValueError: return None
+    name,layers = classifier,dict(model.named_modules())
+    if not isinstance(name, str): name = name[-1] # Their scores are added, so the bias of one will do
+    if name in layers: return layers[name]
+    raise ValueError(f"The model has no layer named {name!r}; the last ones are {', '.join(list(layers)[-4:])}")
 
-# %% ../nbs/32_prior.ipynb #c32a759b
-_unshifted = WeakKeyDictionary() # Layer: its bias before and after a shift. Kept beside the network, so that nothing is left in it
-
+# %% ../nbs/32_prior.ipynb #d8bff554
 def takes_bias(
     layer, # A layer, or None
     num_classes:int, # Number of classes, C
@@ -401,18 +418,23 @@ def takes_bias(
     outputs = {nn.Linear:'out_features', _ConvNd:'out_channels'}
     return any(isinstance(layer, kind) and getattr(layer, k)==num_classes for kind,k in outputs.items())
 
+# %% ../nbs/32_prior.ipynb #3032cc8d
+_unshifted = WeakKeyDictionary() # Layer: its bias before and after a shift
+
 def add_bias(
     layer:nn.Module, # A linear layer or convolution
     offsets:Tensor, # Offsets (C,)
 ):
     "Add to the bias of a layer, and remember what it was."
-    before = None if layer.bias is None else layer.bias.detach().clone()
-    if before is None: layer.bias = nn.Parameter(offsets.to(layer.weight))
-    else: layer.bias.data.add_(offsets.to(before))
+    own = layer.bias
+    before = None if own is None else own.detach().clone()
+    if own is None: layer.bias = nn.Parameter(offsets.to(layer.weight))
+    else: own.data.add_(offsets.to(own))
     known = _unshifted.get(layer)
-    if known and before is not None and torch.equal(known[1], before): before = known[0] # Shifted before
+    if known and own is not None and torch.equal(known[1], before): before = known[0] # Shifted before
     _unshifted[layer] = before,layer.bias.detach().clone()
 
+# %% ../nbs/32_prior.ipynb #260f7c41
 def put_back(
     layer:nn.Module, # A layer that `add_bias` has changed
 ):
@@ -427,30 +449,16 @@ def probe_logits(
     probe, # Batch of two images, or a tuple of the network's inputs
 ) -> list: # Logits (2,C,h,w); of the plain and of the drop path where there is a head
     "Predict by every path that a network has."
-    head,args = get_head(model),probe if isinstance(probe, (tuple,list)) else (probe,)
-    answers,predict = [],getattr(head, 'predict', None)
-    with torch.no_grad(), eval_mode(model), uncompiled():
-        if head is None: return [main_output(model(*args))]
+    head = get_head(model)
+    with torch.no_grad(), eval_mode(model):
+        if head is None: return [main_output(run_probe(model, probe))]
+        answers,predict = [],head.predict
         try:
-            for head.predict in ('plain','drop'): answers.append(main_output(model(*args)))
+            for path in ('plain','drop'):
+                head.predict = path
+                answers.append(main_output(run_probe(model, probe)))
         finally: head.predict = predict
     return answers
-
-def bias_layer(
-    model:nn.Module, # A network
-    classifier:str|tuple|None, # Name of its classifier, or names; None finds it
-    probe, # Batch of two images
-) -> nn.Module|None: # The layer whose bias may shift the logits; None if there is none
-    "Find the classifier."
-    head = get_head(model)
-    if head is not None: return head.classifier
-    if classifier is None:
-        try: classifier = find_classifier(model, probe=probe)
-        except ValueError: return None
-    name = classifier if isinstance(classifier, str) else classifier[-1] # Their scores are added, so one bias will do
-    layers = dict(model.named_modules())
-    if name in layers: return layers[name]
-    raise ValueError(f"The model has no layer named {name!r}; the last ones are {', '.join(list(layers)[-4:])}")
 
 # %% ../nbs/32_prior.ipynb #eb6d1e7d
 def shifts_alike(
@@ -461,22 +469,22 @@ def shifts_alike(
     "Compare logits before and after."
     tol = max(1e-5, 8*torch.finfo(before[0].dtype).eps) # Half precision rounds more coarsely
     offsets = offsets.view(-1, *[1]*(before[0].dim()-2))
-    return all(((b-a-offsets).abs().max()<=tol*max(1, b.abs().max())).item() for a,b in zip(before, after))
+    errors = [(b-a-offsets).abs().max()/b.abs().max().clamp(min=1) for a,b in zip(before, after)]
+    return max(errors).item()<=tol
 
 # %% ../nbs/32_prior.ipynb #bd4a6b75
 def shift_classes(
     model:nn.Module, # A network; its classifier's bias is changed in place
     offsets:Tensor, # Offsets to add to the logits (C,), from `class_offsets` or `tune_prior`
     classifier:str|tuple|None=None, # Name of the classifier layer, or of several whose scores are added; None finds it
-    probe=None, # Batch of two images, or a tuple of the network's inputs; None draws images that fit the first convolution
+    probe=None, # Batch of two images, or a tuple of the network's inputs; None draws what fits the first convolution
 ) -> nn.Module: # The network to use from now on: the same, or a `ShiftedOutput` around it where the bias cannot do it
     "Shift a network's logits by one constant per class."
     check_network(model)
     probe = make_probe(model) if probe is None else probe
     before = probe_logits(model, probe)
     check_logits(before[0])
-    offsets, = check_offsets(torch.as_tensor(offsets)[None], before[0].shape[1])
-    offsets = offsets.to(before[0])
+    offsets = check_offsets(torch.as_tensor(offsets)[None], before[0].shape[1])[0].to(before[0])
     if not offsets.any(): return model
     if isinstance(model, ShiftedOutput):
         model.offsets += offsets
@@ -496,18 +504,19 @@ def unshift_classes(
     if isinstance(model, ShiftedOutput): return model.model
     layer = next((o for o in model.modules() if o in _unshifted), None)
     remedy = "call `shift_classes(model, -offsets)` with the offsets that are in it, which is exact up to rounding"
-    if layer is None: raise ValueError(f"This process has not shifted this network (a copy or a loaded network is another one): {remedy}")
+    if layer is None:
+        raise ValueError(f"This process has not shifted this network (a copy or a loaded one is another): {remedy}")
     if layer.bias is None or not torch.equal(layer.bias, _unshifted[layer][1].to(layer.bias)):
-        raise ValueError(f"The bias of the classifier is not what the shift made it, so it was trained or loaded since: {remedy}")
+        raise ValueError(f"The bias is not what the shift made it, it was trained or loaded since: {remedy}")
     put_back(layer)
     return model
 
-# %% ../nbs/32_prior.ipynb #92b0295b
+# %% ../nbs/32_prior.ipynb #31a491c3
 @patch
 def tune_prior(self:Learner,
-    dl=None, # Batches of (images, labels), not those that the result is reported on; None takes the validation set
+    dl=None, # Batches of (images, labels), not those that you report on; None takes the validation set
     weights=None, # Class weights of the training loss (C,); None reads them off the loss
-    counts=None, # Training pixels of each class (C,): they tell the rare classes, and give the offsets where there are no weights
+    counts=None, # Training pixels of each class (C,): they tell the rare classes, and without weights give the offsets
     metric='miou', # 'miou', 'rare_miou', or a function, see the function `tune_prior`
     classifier:str|tuple|None=None, # Name of the classifier layer; None finds it
     **kwargs, # `taus` and `ignore_index` of the function `tune_prior`
@@ -518,3 +527,46 @@ def tune_prior(self:Learner,
     found = tune_prior(self, dl, weights, counts, metric, **kwargs)
     self.model = shift_classes(self.model, found.offsets, classifier)
     return found
+
+# %% ../nbs/32_prior.ipynb #92b0295b
+@patch
+def held_out_gain(self:PriorTuning,
+    folds:int=5, # Parts that the images are split into
+) -> float: # Gain over tau 0; nan for a single image
+    "Choose tau on the other parts and score it on this one, for each part."
+    size,total,picked = len(self.images),self.images.sum(0),0
+    if size<2: return float('nan')
+    fold = torch.arange(size)*min(folds, size)//size
+    for k in range(min(folds, size)):
+        part = self.images[fold==k].sum(0)
+        picked = picked+part[self.choose(self.score(total-part))]
+    return float(self.score(picked)-self.score(total)[self.taus.index(0)])
+
+# %% ../nbs/32_prior.ipynb #41b33077
+@patch
+def summary(self:PriorTuning) -> dict: # Plain numbers and lists, for JSON
+    "Say what was chosen, and what it brings."
+    low,high = self.resampled_gains()[:,self.best].quantile(torch.tensor([.05,.95]).double()).tolist()
+    return dict(tau=self.tau, offsets=self.offsets.tolist(), metric=self.name, images=len(self.images),
+                score=float(self.scores[self.best]), score_at_0=float(self.scores[self.taus.index(0)]),
+                gain=float(self.gains[self.best]), gain_low=low, gain_high=high, held_out_gain=self.held_out_gain(),
+                taus=list(self.taus), scores=self.scores.tolist())
+
+# %% ../nbs/32_prior.ipynb #052b1a51
+@patch
+def __repr__(self:PriorTuning):
+    s = {k:100*v if isinstance(v, float) else v for k,v in self.summary().items()}
+    return (f"tau {self.tau:g}: {self.name} {s['score']:.1f} % instead of {s['score_at_0']:.1f} %, "
+            f"gain {s['gain']:+.1f} (90 % interval {s['gain_low']:+.1f} to {s['gain_high']:+.1f} over {s['images']} "
+            f"images; {s['held_out_gain']:+.1f} where chosen on other images)")
+
+# %% ../nbs/32_prior.ipynb #ece88302
+@patch
+def table(self:PriorTuning) -> pd.DataFrame: # One row per tau; percent
+    "Tabulate the curve."
+    right,labelled,predicted = class_totals(self.confusions).double().unbind(-2)
+    columns = {'mIoU':counts_miou(right, labelled, predicted),
+               'rare mIoU':counts_miou(right, labelled, predicted, self.rare),
+               'pixel accuracy':right.sum(-1)/labelled.sum(-1)}
+    if self.name not in ('miou','rare_miou'): columns[self.name] = self.scores
+    return pd.DataFrame({k:100*v.numpy() for k,v in columns.items()}, index=pd.Index(self.taus, name='tau'))

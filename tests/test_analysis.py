@@ -20,7 +20,7 @@ from dropclass.analysis.drop import compare_removals, drop_effect, load_drop_eff
 from dropclass.analysis.entanglement import MEASURES, cosine_matrix, entanglement, entanglement_table, row_sums
 from dropclass.analysis.paper import paper_checks, paper_data, paper_table
 from dropclass.core import VOID
-from dropclass.head import add_dropclass
+from dropclass.surgery import add_dropclass
 from dropclass.metrics import class_iou, evaluate
 from dropclass.testing import ToyNet, toy_batch, toy_learner
 

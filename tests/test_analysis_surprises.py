@@ -20,7 +20,7 @@ from dropclass.analysis.audit import audit, erased_example, measure_network
 from dropclass.run.compare import difference_text
 from dropclass.core import VOID, ClassSpec
 from dropclass.stats import image_class_counts
-from dropclass.head import add_dropclass
+from dropclass.surgery import add_dropclass
 from dropclass.testing import ToyNet, toy_batch
 from dropclass.analysis.widgets import drop_explorer
 

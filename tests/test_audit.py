@@ -16,7 +16,7 @@ from torch import nn
 from dropclass.analysis.context import HARBOUR, harbour, train_harbour
 from dropclass.analysis.audit import (RULES, audit, audit_advice, audit_files, build_network, class_advice, fit_names, load_network, open_images, pair_advice, picture_files)
 from dropclass.core import VOID, ClassSpec
-from dropclass.head import add_dropclass
+from dropclass.surgery import add_dropclass
 from dropclass.metrics import class_iou, evaluate, mean_iou
 from dropclass.models import SmallSegNet
 from dropclass.testing import ToyNet, toy_batch, toy_learner

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID
-from dropclass.head import add_dropclass, compensation_block, get_head, remove_dropclass
+from dropclass.head import compensation_block
+from dropclass.surgery import add_dropclass, get_head, remove_dropclass
 from dropclass.models import OutputAdapter, create_model
 from dropclass.testing import ToyNet, toy_batch, toy_dls, toy_learner, test_same as same_bits
 
@@ -39,7 +40,7 @@ def fresh_block(model, seed=0):
 def assert_clean(learn, loss_func=None):
     "Nothing armed, nothing hooked in, no columns; evaluation and a plain training forward give N rows."
     head = get_head(learn.model)
-    assert (head.keep_mask, head.both_in_eval, head.one_path)==(None, False, None)
+    assert head.step is None
     assert not [o.name for o in learn.metrics if getattr(o, 'of_dropclass', False)]
     if loss_func is not None: assert learn.loss_func is loss_func
 

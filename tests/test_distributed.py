@@ -30,7 +30,9 @@ from dropclass.core import VOID, step_generator
 from dropclass.run.distributed import RankDL, over_ranks, split_dl
 from dropclass.run.experiment import Config, RunRecorder, load_run, train_run
 from dropclass.features import dropped_class, sample_keep_mask
-from dropclass.head import add_dropclass, fold_dropclass, get_head, split_paths
+from dropclass.head import split_paths
+from dropclass.surgery import add_dropclass, get_head
+from dropclass.fold import fold_dropclass
 from dropclass.losses import dropclass_loss
 from dropclass.metrics import evaluate, segmentation_metrics
 from dropclass.ranks import is_first, joined, num_ranks, pixel_shares, shared_weights

@@ -1,5 +1,8 @@
 "Class paste: what holds for every batch, in a Learner, beside other callbacks, and after a resume."
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from dropclass.core import VOID, step_generator
-from dropclass.paste import ClassPasteCallback, label_counts, paste_classes, rarity_weights
+try: from dropclass.rivals import FadeWeightsCallback, IgnoreLabelCallback
+except ImportError: from dropclass.baselines import FadeWeightsCallback, IgnoreLabelCallback
+from dropclass.paste import ERASE_FILLS, ClassPasteCallback, EraseClassCallback, count_labels, erase_classes, paste_classes, rarity_weights
 from dropclass.schedules import hold_ramp
 from dropclass.testing import toy_batch, toy_dls, toy_learner
 
@@ -29,7 +34,7 @@ def coded_batch(n=5, size=24, seed=0):
     return torch.stack([y, image, where], 1).double(),y
 
 
-def weights_of(y, **options): return rarity_weights(label_counts(y, C).sum(0), **options)
+def weights_of(y, **options): return rarity_weights(count_labels(y, C).sum(0), **options)
 
 def pasted(x, y, seed=0, weights=None, p=1., **options):
     options = {'min_pixels':1, 'max_share':1., **options}
@@ -192,11 +197,10 @@ def test_trains_and_leaves_validation_alone():
 
 def test_the_callback_is_the_function():
     "What a Learner trains on is what a plain loop with the same stream gets."
-    from dropclass.paste import PASTE_STREAM
     learn,before,after = watched([])
     weights,train = learn.class_paste.weights,[o for o in zip(before, after) if o[0][0]]
     for step,((_,x,y),(_,x2,y2)) in enumerate(train):
-        want = paste_classes(x, y, weights, step_generator(PASTE_STREAM, step), p=1., min_pixels=1, max_share=1.)
+        want = paste_classes(x, y, weights, step_generator(ClassPasteCallback.stream, step), p=1., min_pixels=1, max_share=1.)
         assert torch.equal(want[0], x2) and torch.equal(want[1], y2)
 
 
@@ -257,9 +261,15 @@ def test_beside_drop_class():
     assert both.route.startswith('fused') # Pasting does not keep it from the fused losses
 
 
+def test_before_hidden_labels():
+    "What looks at the labels in the same batch sees the pasted ones: IgnoreLabelCallback hides a class in the pieces too."
+    learn,before,_ = watched([IgnoreLabelCallback(1.), seen := Watch(IgnoreLabelCallback.order-.5), hidden := Watch(IgnoreLabelCallback.order+.5)])
+    train = [(a[2], b[2], c[2]) for a,b,c in zip(before, seen.seen, hidden.seen) if a[0]]
+    for z,(old,new,left) in zip(learn.ignore_label.ignored, train, strict=True):
+        assert not torch.equal(old, new) and torch.equal(left, new.masked_fill(new==z, VOID))
+
+
 def test_beside_fading_weights():
-    try: from dropclass.baselines import FadeWeightsCallback
-    except ImportError: from dropclass.rivals import FadeWeightsCallback
     learn,_,after = watched([FadeWeightsCallback()], loss_func=nn.CrossEntropyLoss(torch.tensor([1.,5.,1.,1.]), ignore_index=VOID))
     assert all(p.isfinite().all() for p in learn.model.parameters()) and len(learn.fade_weights.lams)==8
 
@@ -330,3 +340,55 @@ def test_wrong_options_fail_at_once():
         with pytest.raises(ValueError, match='pixel_counts'): rarity_weights(counts)
     with pytest.raises(ValueError, match='No class is left'): rarity_weights([5,0], never=[0])
     with pytest.raises(ValueError, match='never'): rarity_weights([5,1], never=[2])
+
+
+# ---- erasing
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 5), fill=st.sampled_from(ERASE_FILLS), keep=st.booleans())
+def test_erasing_takes_one_class(seed, n, fill, keep):
+    "All pixels of one class of an image change, with the labels that were asked for, and nothing else does."
+    x,y = toy_batch(n, C, 16, seed)
+    x2,y2 = erase_classes(x, y, weights_of(y), step_generator(seed, 0), 1., fill, keep, min_pixels=1, max_share=1.)
+    erased = (x2!=x).any(1)
+    assert torch.equal(y2, y if keep else y.masked_fill(erased, VOID))
+    for i in range(n):
+        gone = y[i,erased[i]].unique()
+        assert len(gone)==(0 if fill=='image' and n==1 else 1) and not (gone==VOID).any()
+        assert torch.equal(erased[i], torch.isin(y[i], gone))
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize('fill', ERASE_FILLS)
+def test_erasing_keeps_types(dtype, fill):
+    x,y = toy_batch(3, C, 16)
+    x = ((x-x.min())*20).to(dtype).to(memory_format=torch.channels_last)
+    x2,y2 = erase_classes(x, y.to(torch.uint8), weights_of(y), step_generator(0, 0), 1., fill, max_share=1.)
+    assert (x2.dtype, y2.dtype)==(dtype, torch.uint8) and x2.is_contiguous(memory_format=torch.channels_last) and not torch.equal(x2, x)
+
+
+def test_erase_and_paste_in_one_fit():
+    "Both draw for themselves, and the erased pixels are void for the loss."
+    learn,before,after = watched([EraseClassCallback(1., min_pixels=1, max_share=1.)])
+    train = [(a,b) for a,b in zip(before, after) if a[0]]
+    assert all(not torch.equal(a[2], b[2]) for a,b in train)
+    assert all((b[2]==VOID).sum()>(a[2]==VOID).sum() for a,b in train) and all(p.isfinite().all() for p in learn.model.parameters())
+    assert ClassPasteCallback.stream!=EraseClassCallback.stream
+
+
+def test_erasing_needs_a_void():
+    def loss(logits, target): return nn.functional.cross_entropy(logits, target.clamp(max=3))
+    with pytest.raises(ValueError, match='cannot be void'): toy_learner(loss_func=loss, cbs=EraseClassCallback()).fit(1)
+    toy_learner(loss_func=loss, cbs=EraseClassCallback(keep_labels=True)).fit(1)
+    with pytest.raises(ValueError, match='fill'): EraseClassCallback(fill='paint')
+    with pytest.raises(ValueError, match='MixUp blends'): toy_learner(cbs=[EraseClassCallback(), MixUp()]).fit(1)
+
+
+# ---- the benchmark
+
+@pytest.mark.slow
+def test_benchmark_runs(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, '-W', 'ignore', root/'benchmarks'/'paste_step.py', '--arch', 'small', '--size', '32x64', '--rounds', '5', '--csv', tmp_path/'t.csv']
+    subprocess.run([str(o) for o in command], check=True, timeout=300)
+    assert (tmp_path/'t.csv').read_text().splitlines()[0]==(root/'results'/'paste_step.csv').read_text().splitlines()[0]

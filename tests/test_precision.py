@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID
 from dropclass.fused import resize_dropclass_loss
-from dropclass.head import add_dropclass, split_paths
+from dropclass.head import split_paths
+from dropclass.surgery import add_dropclass
 from dropclass.losses import drop_path_losses, dropclass_loss, segmentation_loss
 from dropclass.testing import ToyNet, toy_batch, toy_learner
 
@@ -71,10 +72,9 @@ def test_bf16_autocast_through_the_callback(fused):
 
 def loop_loss(model, head, x, y, fused):
     "Loss of a plain loop, and the logits of both paths."
-    head.small_only = fused
-    with head.dropping(keep_mask(), .5): out = model(x)
+    with head.dropping(keep_mask(), .5, small_only=fused) as step: out = model(x)
     if fused:
-        (logits,drop_logits),head.small = head.small,None
+        logits,drop_logits = step.small
         return resize_dropclass_loss(logits, drop_logits, y, Z, .5)[0], logits, drop_logits
     logits,drop_logits = split_paths(out, len(x))
     return dropclass_loss(logits, drop_logits, y, keep_mask(), .5), logits, drop_logits

@@ -31,7 +31,8 @@ from .context import (Colocation, Subject, as_spec, colocation, erase, image_sta
 from .entanglement import MEASURES, Entanglement, entanglement, row_sums, _pixel_counts
 from .figures import predict_labels, to_picture
 from ..core import ClassSpec, check_choice, check_device, colorize
-from ..head import HEAD_OPTIONS, add_dropclass, get_head
+from ..head import HEAD_OPTIONS
+from ..surgery import add_dropclass, get_head
 from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes
 from ..models import create_model, model_names, read_weights
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from fastai.torch_core import default_device
 from ..core import VOID, ClassSpec, check_choice, eval_mode, step_generator
-from ..head import get_head
+from ..surgery import get_head
 from ..losses import get_ignore_index
 from ..metrics import class_iou, confusion_matrix
 from ..models import SmallSegNet, pick_logits, resize_logits

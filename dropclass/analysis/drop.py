@@ -20,7 +20,8 @@ from fastcore.basics import patch
 from .context import HARBOUR, Colocation, harbour, image_counts, iter_batches, open_data, open_model, _show_progress
 from ..core import ClassSpec, eval_mode, step_generator
 from ..features import sample_keep_mask
-from ..head import DropClassHead, add_dropclass, get_head, split_paths
+from ..head import DropClassHead, split_paths
+from ..surgery import add_dropclass, get_head
 from ..losses import dropclass_loss
 from ..metrics import class_iou
 from ..models import SmallSegNet
@@ -61,10 +62,7 @@ def drop_path_only(
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
 ): # Nothing; the head answers as before when the block ends
     "Let a network in evaluation mode answer by its drop path, with a mask."
-    before,head.both_in_eval = head.both_in_eval,True
-    try:
-        with head.dropping(keep_mask, only='drop'): yield
-    finally: head.both_in_eval = before
+    with head.dropping(keep_mask, only='drop', in_eval=True): yield
 
 # %% ../../nbs/67_analysis.drop.ipynb #80752b2f
 def drop_effect(

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from .context import Subject, as_spec, open_model
 from ..core import ClassSpec, check_choice
-from ..head import find_classifier, get_head, kernel_of
+from ..head import kernel_of
+from ..surgery import find_classifier, get_head
 from ..importance import check_classifier, conv_importance
 
 # %% ../../nbs/62_analysis.entanglement.ipynb #a9062bd8

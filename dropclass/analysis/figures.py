@@ -15,7 +15,7 @@ from torch import nn, Tensor
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from .context import iter_batches, open_data, open_model, _show_progress
 from ..core import VOID, ClassSpec, check_choice, class_index, colorize, eval_mode
-from ..head import find_classifier, get_head
+from ..surgery import find_classifier, get_head
 from ..importance import iter_importance
 from ..models import pick_logits, resize_logits
 

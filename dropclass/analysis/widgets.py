@@ -20,7 +20,8 @@ from .context import Colocation, colocation, erase, image_stats, iter_batches, m
 from .figures import predict_labels, to_picture
 from ..core import ClassSpec, check_unit, class_index, colorize, eval_mode, step_generator
 from ..features import class_scale, drop_features, dropped_class, sample_keep_mask
-from ..head import find_classifier, get_head, kernel_of
+from ..head import kernel_of
+from ..surgery import find_classifier, get_head
 from ..importance import conv_importance
 from ..models import pick_logits, resize_logits
 from ..schedules import as_schedule, hold_ramp, schedule_value

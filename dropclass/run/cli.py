@@ -117,12 +117,12 @@ def takers(
 ) -> dict: # Field with options -> option -> the function that takes it
     "Find what the options of a run are passed to."
     from dropclass.callback import DropClassCallback
-    from dropclass.paste import ClassPasteCallback
+    from dropclass.paste import ClassPasteCallback, EraseClassCallback
     from dropclass.rivals import FadeWeightsCallback, IgnoreLabelCallback
     from dropclass.run.experiment import data_parameters
     other = dict(plain=lambda: None, ignore_label=IgnoreLabelCallback, fade_weights=FadeWeightsCallback)
     by = lambda f: {o:f for o in inspect.signature(f).parameters}
-    return dict(data_options=data_parameters(SimpleNamespace(**settings)), paste=by(ClassPasteCallback),
+    return dict(data_options=data_parameters(SimpleNamespace(**settings)), paste=by(ClassPasteCallback), erase=by(EraseClassCallback),
                 dropclass=by(other.get(settings['method'], DropClassCallback)))
 
 def annotation_of(
@@ -141,7 +141,7 @@ def typed_options(
     base:dict, # Those that hold where none is given
 ) -> dict: # The same with values
     "Read the options that are still text."
-    texts = {k:v for k,v in given.items() if isinstance(v, str) and k in ('data_options','dropclass','paste','loss_options')}
+    texts = {k:v for k,v in given.items() if isinstance(v, str) and k in ('data_options','dropclass','paste','erase','loss_options')}
     found = {k:v for k,v in given.items() if k not in texts}
     if isinstance(found.get('resample'), str): found['resample'] = read_times(found['resample'])
     if isinstance(found.get('size'), str): found['size'] = read_size(found['size'])

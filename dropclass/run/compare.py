@@ -572,7 +572,7 @@ def _trained_size(config):
 def _network(model, spec, size, path, device=None):
     "The network in evaluation mode, its classes, and how it is shown images."
     from dropclass.core import check_choice, check_device
-    from dropclass.head import get_head
+    from dropclass.surgery import get_head
     from dropclass.run.experiment import ON_CANVAS, load_run
     show = dict(size=size)
     if isinstance(model, (str,Path)): model = load_run(read_run(model).folder)

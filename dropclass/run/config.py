@@ -228,6 +228,7 @@ class Config:
     valid_every:int=1 # Validate after every so many epochs, and after the last
     sync_bn:bool=True # Share BatchNorm's statistics between the GPUs, where there are several?
     paste:dict|None=None # Paste rare classes into other images? Options, or {} for the usual: p=0.5,power=1
+    erase:dict|None=None # Paint over a class of an image? Options, or {} for the usual: p=0.5,fill=noise
     def __post_init__(self):
         check_config(self)
         check_together(self)

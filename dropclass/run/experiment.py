@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['data_function', 'sampling_options', 'data_parameters', 'make_data', 'PixelLoss', 'make_weights', 'make_loss',
            'make_opt_func', 'poly', 'lr_schedule', 'read_schedule', 'make_method', 'make_changes', 'BFloat16',
-           'check_network', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'load_checkpoint',
+           'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'load_checkpoint',
            'RunRecorder', 'StopDiverged', 'ValidEvery', 'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted',
            'open_folder', 'shift_grid', 'summarize', 'evaluate_paths', 'save_counts', 'prior_counts', 'plot_examples',
            'finish_run', 'train_run', 'Run', 'load_run']
@@ -46,10 +46,11 @@ from ..core import ClassSpec, check_choice, check_unit, colorize, write_json, wr
 from ..data.core import make_dls
 from ..stats import check_counts, class_counts, median_frequency_weights
 from ..data.sampling import RareClassDL, ResampledDL
-from ..head import HEAD_OPTIONS, add_dropclass, get_head
+from ..head import HEAD_OPTIONS
+from ..surgery import add_dropclass, get_head
 from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
 from ..models import create_model
-from ..paste import ClassPasteCallback
+from ..paste import ClassPasteCallback, EraseClassCallback
 from ..prior import TAUS, class_offsets, prior_confusions
 from ..ranks import from_first, gather_ranks, is_first, joined, num_ranks
 from .config import DATA, ON_CANVAS, Config, config_hash, read_config, read_json, recipe
@@ -187,12 +188,15 @@ def make_changes(
     config:Config, # The run
     pixel_counts=None, # Pixels of each class in the training set (C,); None counts them when the fit begins
 ) -> list: # Callbacks that change training images; none by default
-    "Build the callback that pastes classes."
-    if config.paste is None: return []
-    known = [o for o in inspect.signature(ClassPasteCallback).parameters if o!='pixel_counts']
-    options = {check_choice(k, known, 'ClassPasteCallback option'):v for k,v in config.paste.items()}
-    if 'p' in options: options['p'] = read_schedule(options['p'], 'p')
-    return [ClassPasteCallback(pixel_counts=pixel_counts, **{'seed':config.seed, **options})]
+    "Build the callbacks that paste or erase classes."
+    changes = []
+    for given,kind in ((config.paste, ClassPasteCallback), (config.erase, EraseClassCallback)):
+        if given is None: continue
+        known = [o for o in inspect.signature(kind).parameters if o!='pixel_counts']
+        options = {check_choice(k, known, f'{kind.__name__} option'):v for k,v in given.items()}
+        if 'p' in options: options['p'] = read_schedule(options['p'], 'p')
+        changes.append(kind(pixel_counts=pixel_counts, **{'seed':config.seed, **options}))
+    return changes
 
 # %% ../../nbs/70_run.experiment.ipynb #c886e63b
 class BFloat16(MixedPrecision):
@@ -213,7 +217,7 @@ class BFloat16(MixedPrecision):
         vars(getattr(self, 'network', self.model)).pop('forward', None)
 
 # %% ../../nbs/70_run.experiment.ipynb #995af5c6
-def check_network(
+def check_arch(
     config:Config, # The run
 ):
     "Refuse a network that does not exist."
@@ -231,7 +235,7 @@ def make_learner(
 ) -> Learner: # Ready to fit
     "Build the Learner that a configuration describes."
     if config.threads: torch.set_num_threads(config.threads)
-    check_network(config)
+    check_arch(config)
     set_seed(config.seed, reproducible=True)
     dls = make_data(config)
     counts = class_counts(dls.train.dataset)
@@ -580,7 +584,7 @@ def plot_examples(
     shown = dls.valid.decode_batch((x, y), max_n=n)
     fig = Figure(figsize=(8, 2.1*n), layout='constrained')
     for row,(ax,(image,_)) in enumerate(zip(fig.subplots(n, 3, squeeze=False), shown)):
-        ax[0].imshow(image.float().permute(1, 2, 0).clamp(0, 1).cpu())
+        ax[0].imshow(image.permute(1, 2, 0).byte().cpu()) # Decoding gives 0..255
         ax[1].imshow(colorize(y[row], dls.spec))
         ax[2].imshow(colorize(pred[row], dls.spec))
         for o,title in zip(ax, ('image','truth','prediction')):

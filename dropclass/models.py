@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['pick_logits', 'resize_logits', 'OutputAdapter', 'MergeHead', 'pad_to_multiple', 'BranchSegmenter', 'read_weights',
-           'load_backbone', 'fetch', 'import_timm', 'from_hub', 'TimmEncoder', 'timm_segmenter', 'hrnet_v1_w18',
-           'hrnet_v2_w18', 'deeplabv3_mobilenetv3', 'unet_bodies', 'unet_segmenter', 'conv_block', 'SmallSegNet',
-           'model_names', 'create_model']
+           'repeat_channels', 'adapt_input', 'load_backbone', 'fetch', 'import_timm', 'from_hub', 'TimmEncoder',
+           'timm_segmenter', 'hrnet_v1_w18', 'hrnet_v2_w18', 'deeplabv3_mobilenetv3', 'unet_bodies', 'unet_segmenter',
+           'conv_block', 'SmallSegNet', 'single_values', 'model_names', 'create_model']
 
 # %% ../nbs/23_models.ipynb #027eca40
 import socket
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
-from .core import check_choice, check_num_classes
+from .core import check_choice, check_num_classes, eval_mode
 
 # %% ../nbs/23_models.ipynb #84a15897
 def pick_logits(
@@ -152,6 +152,32 @@ def read_weights(
     if not tensors: raise ValueError(f"{path.name} holds no dict of tensors: save `model.state_dict()`")
     return tensors
 
+# %% ../nbs/23_models.ipynb #a483597b
+def repeat_channels(
+    weight:Tensor, # Weight of a convolution over red, green and blue (K,3,...)
+    in_chans:int, # Channels of the images
+) -> Tensor: # Weight (K,in_chans,...)
+    "Make a filter for three channels one for any number."
+    if in_chans==1: return weight.sum(1, keepdim=True)
+    return weight[:,[i%3 for i in range(in_chans)]]*(3/in_chans)
+
+def adapt_input(
+    model:nn.Module, # Network or encoder for three channels
+    in_chans:int, # Channels of the images
+) -> nn.Module: # The same, changed in place
+    "Let a network read images of other than three channels."
+    if in_chans==3: return model
+    first = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels==3 and m.groups==1]
+    if not first: raise ValueError(f"{type(model).__name__} has no convolution over three channels that could be changed to {in_chans}")
+    for m in first: m.in_channels,m.weight = in_chans,nn.Parameter(repeat_channels(m.weight.data, in_chans))
+    return model
+
+# %% ../nbs/23_models.ipynb #935aafcb
+def _fit_channels(given, own):
+    "A weight over three channels as one over the channels that the encoder reads; any other weight as it is."
+    widened = given.ndim==own.ndim==4 and given.shape[1]==3!=own.shape[1] and given.shape[2:]==own.shape[2:]
+    return repeat_channels(given, own.shape[1]) if widened else given
+
 # %% ../nbs/23_models.ipynb #e4c5db65
 def load_backbone(
     backbone:nn.Module, # The encoder that takes the weights
@@ -164,11 +190,14 @@ def load_backbone(
     prefixes = ('', *{k[:-len(o)] for k in given for o in [next(iter(own))] if k.endswith('.'+o)})
     match = lambda p: {own[k]:given[p+k] for k in own if p+k in given}
     found = match(max(prefixes, key=lambda p: len(match(p))))
-    if not found: raise ValueError(f"{name} holds none of the encoder's tensors (looked for {next(iter(own.values()))!r}): give weights of this architecture")
+    if not found: raise ValueError(
+        f"{name} holds none of the encoder's tensors (looked for {next(iter(own.values()))!r}): give weights of this architecture")
     state = backbone.state_dict()
-    wrong = [k for k,v in found.items() if weights[v].shape!=state[k].shape]
-    if wrong: raise ValueError(f"{name} has {tuple(weights[found[wrong[0]]].shape)} for {wrong[0]!r}, the encoder needs {tuple(state[wrong[0]].shape)}: give weights of this architecture")
-    backbone.load_state_dict({k:weights[v] for k,v in found.items()}, strict=False)
+    values = {k:_fit_channels(weights[v], state[k]) for k,v in found.items()}
+    wrong = next((k for k,v in values.items() if v.shape!=state[k].shape), None)
+    if wrong: raise ValueError(f"{name} has {tuple(values[wrong].shape)} for {wrong!r}, "
+        f"the encoder needs {tuple(state[wrong].shape)}: give weights of this architecture")
+    backbone.load_state_dict(values, strict=False)
     missing = [k for k in state if k not in found and not k.endswith('num_batches_tracked')]
     if missing: warnings.warn(f"{name} lacks {len(missing)} tensors of the encoder, which keep random values: {', '.join(missing[:3])} ...")
     return dict(loaded=list(found), missing=missing, unexpected=sorted(set(weights)-set(found.values())))
@@ -268,23 +297,26 @@ def hrnet_v1_w18(
     num_classes:int, # Number of classes, C
     pretrained:bool=False, # Fetch ImageNet weights for the encoder?
     weights_file:str|Path|None=None, # Or take them from this file: .safetensors, .pth
+    in_chans:int=3, # Channels of the images
 ) -> BranchSegmenter: # The network
     "Build the paper's HRNetV1-W18."
-    return timm_segmenter('hrnet_w18_small', num_classes, pretrained, weights_file, channels=None)
+    return timm_segmenter('hrnet_w18_small', num_classes, pretrained, weights_file, channels=None, in_chans=in_chans)
 
 def hrnet_v2_w18(
     num_classes:int, # Number of classes, C
     pretrained:bool=False, # Fetch ImageNet weights for the encoder?
     weights_file:str|Path|None=None, # Or take them from this file: .safetensors, .pth
+    in_chans:int=3, # Channels of the images
 ) -> BranchSegmenter: # The network
     "Build the paper's HRNetV2-W18."
-    return timm_segmenter('hrnet_w18_small_v2', num_classes, pretrained, weights_file, channels=None)
+    return timm_segmenter('hrnet_w18_small_v2', num_classes, pretrained, weights_file, channels=None, in_chans=in_chans)
 
 # %% ../nbs/23_models.ipynb #3d814805
 def deeplabv3_mobilenetv3(
     num_classes:int, # Number of classes, C
     pretrained:bool=False, # Fetch ImageNet weights for the encoder?
     weights_file:str|Path|None=None, # Or take them from this file: .safetensors, .pth
+    in_chans:int=3, # Channels of the images
 ) -> OutputAdapter: # The network
     "Build the paper's DeepLabV3 with a MobileNetV3-Large encoder."
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
@@ -292,6 +324,7 @@ def deeplabv3_mobilenetv3(
     weights = _given_weights(pretrained, weights_file)
     build = lambda source: deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=source, num_classes=num_classes, aux_loss=False)
     model = OutputAdapter(fetch(lambda: build('IMAGENET1K_V1'), 'mobilenet_v3_large') if pretrained else build(None), key='out')
+    adapt_input(model.model.backbone, in_chans)
     if not pretrained and weights is None: # Norms that keep up with an encoder that starts at random
         for m in model.model.backbone.modules():
             if isinstance(m, nn.BatchNorm2d): m.momentum = .1
@@ -318,6 +351,7 @@ def unet_segmenter(
     num_classes:int, # Number of classes, C
     pretrained:bool=False, # Fetch ImageNet weights for the body?
     weights_file:str|Path|None=None, # Or take them from this file: .safetensors, .pth
+    in_chans:int=3, # Channels of the images
     **kwargs, # Anything else that fastai's `DynamicUnet` takes: self_attention, norm_type, y_range ...
 ) -> OutputAdapter: # fastai's U-Net as `.model`; `.weights_report` tells what a file filled
     "Build fastai's U-Net by the name of its body."
@@ -326,6 +360,7 @@ def unet_segmenter(
     check_num_classes(num_classes)
     weights = _given_weights(pretrained, weights_file)
     whole,meta = _whole_body(name, pretrained)
+    adapt_input(whole, in_chans)
     kept = nn.ModuleDict(list(whole.named_children())[:meta['cut']]) # The body under the names that files use
     report = None if weights is None else load_backbone(kept, weights, Path(weights_file).name)
     unet = DynamicUnet(create_body(whole, 3, pretrained, meta['cut']), num_classes, (128,128), **kwargs)
@@ -343,22 +378,24 @@ def conv_block(
     "Make the unit `SmallSegNet` is built of."
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
 
+# %% ../nbs/23_models.ipynb #50429d67
 class SmallSegNet(nn.Module):
     "A small encoder-decoder for demos and tests on one CPU core."
     def __init__(self,
         num_classes:int, # Number of classes, C
         width:int=16, # Channels at stride 2; two and four times as many below
+        in_chans:int=3, # Channels of the images
     ):
         super().__init__()
         c = [width, 2*width, 4*width, 4*width]
-        self.stem = conv_block(3, c[0], stride=2)
+        self.stem = conv_block(in_chans, c[0], stride=2)
         self.down = nn.ModuleList(nn.Sequential(conv_block(c[i], c[i+1], stride=2), conv_block(c[i+1], c[i+1])) for i in range(3))
         self.up = nn.ModuleList(conv_block(c[i]+c[i+1], c[i]) for i in reversed(range(3)))
         self.head = MergeHead([c[0]], 2*width)
         self.classifier = nn.Conv2d(2*width, check_num_classes(num_classes), 1)
 
     def forward(self,
-        x:Tensor, # Images (N,3,H,W), any size
+        x:Tensor, # Images (N,channels,H,W), any size
     ) -> Tensor: # Logits (N,C,H,W)
         skips = [self.stem(_without_fastai(x))]
         for down in self.down: skips.append(down(skips[-1]))
@@ -367,6 +404,22 @@ class SmallSegNet(nn.Module):
             skip = skips.pop()
             y = up(torch.cat([resize_logits(y, skip.shape[2:]), skip], dim=1))
         return resize_logits(self.classifier(self.head([y])), x.shape[-2:])
+
+# %% ../nbs/23_models.ipynb #b2e3f4d5
+def single_values(
+    model:nn.Module, # Network; it is not trained by this, and its statistics stay as they are
+    images:Tensor, # The batch to try, (N,channels,H,W)
+) -> list: # Names of the BatchNorms that would see one value per channel
+    "Find the norms that cannot train on such a batch."
+    found,hooks = [],[]
+    def look(name): return lambda m, args: found.append(name) if args[0].numel()==args[0].shape[1] else None
+    for name,m in model.named_modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm): hooks.append(m.register_forward_pre_hook(look(name)))
+    try:
+        with torch.no_grad(), eval_mode(model): model(images)
+    finally:
+        for o in hooks: o.remove()
+    return found
 
 # %% ../nbs/23_models.ipynb #63987586
 _models = dict(small=SmallSegNet, hrnet_v1_w18=hrnet_v1_w18, hrnet_v2_w18=hrnet_v2_w18, deeplabv3_mobilenetv3=deeplabv3_mobilenetv3)
@@ -377,16 +430,19 @@ def model_names(
     "List the networks."
     return list(_models)
 
+# %% ../nbs/23_models.ipynb #615c677e
 def create_model(
     name:str, # One of `model_names()`, or `timm:` and the name of an encoder, or `unet:` and the name of a body
     num_classes:int, # Number of classes, C
     pretrained:bool=False, # Fetch ImageNet weights for the encoder?
     weights_file:str|Path|None=None, # Or take them from this file: .safetensors, .pth
-) -> nn.Module: # Network from images (N,3,H,W) to logits (N,C,H,W)
+    in_chans:int=3, # Channels of the images
+) -> nn.Module: # Network from images (N,in_chans,H,W) to logits (N,C,H,W)
     "Build a network by its name."
     kind,_,rest = str(name).partition(':')
-    if rest and kind in _open_ended: return _open_ended[kind](rest, num_classes, pretrained, weights_file)
+    if rest and kind in _open_ended: return _open_ended[kind](rest, num_classes, pretrained, weights_file, in_chans=in_chans)
     build = _models[check_choice(name, model_names(), 'name')]
-    if build is not SmallSegNet: return build(num_classes, pretrained, weights_file)
-    if pretrained or weights_file is not None: raise ValueError("The network 'small' has no encoder to fill with trained weights: leave out `pretrained` and `weights_file`")
-    return SmallSegNet(num_classes)
+    if build is not SmallSegNet: return build(num_classes, pretrained, weights_file, in_chans)
+    if pretrained or weights_file is not None: raise ValueError(
+        "The network 'small' has no encoder to fill with trained weights: leave out `pretrained` and `weights_file`")
+    return SmallSegNet(num_classes, in_chans=in_chans)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ERASE_FILLS', 'rarity_weights', 'Draws', 'draw_numbers', 'count_labels', 'pick_classes', 'keep_component',
            'find_middles', 'source_coords', 'move_pixels', 'feather_edges', 'cut_pieces', 'paste_classes',
-           'count_pixels', 'ClassPasteCallback', 'erase_paint', 'erase_classes', 'EraseClassCallback']
+           'ClassPasteCallback', 'erase_paint', 'erase_classes', 'EraseClassCallback']
 
 # %% ../nbs/31_paste.ipynb #a1f0c005
 from numbers import Real
@@ -23,8 +23,9 @@ from fastai.callback.mixup import MixHandler
 from fastai.learner import CastToTensor
 from .core import VOID, check_choice, check_unit, step_generator
 from .losses import get_ignore_index, plain_tensor
-from .ranks import num_ranks, sum_over_ranks
+from .ranks import num_ranks
 from .schedules import as_schedule, global_step, schedule_value
+from .stats import class_counts
 
 # %% ../nbs/31_paste.ipynb #a1f0c011
 def rarity_weights(
@@ -247,21 +248,6 @@ def paste_classes(
     if feather: pixels = feather_edges(pixels, images[at], masks, feather)
     return _put_pieces(images, labels, at, pixels, classes[:,None,None], masks)
 
-# %% ../nbs/31_paste.ipynb #a1f0c131
-def count_pixels(
-    ds, # Pairs (image, labels (H,W)); `get_mask(i)` is used where there is one
-    num_classes:int, # Number of classes, C
-) -> Tensor: # Pixels of each class (C,), int64; void is not counted
-    "Count the labels of a data set, once through."
-    if not hasattr(ds, '__len__'):
-        raise ValueError(f"{type(ds).__name__} has no length, so its labels cannot be counted: pass `pixel_counts`")
-    get_mask,counts = getattr(ds, 'get_mask', lambda i: ds[i][1]),torch.zeros(num_classes, dtype=torch.long)
-    for i in range(len(ds)):
-        mask = get_mask(i)
-        mask = plain_tensor(mask) if isinstance(mask, Tensor) else torch.from_numpy(np.array(mask)) # fastai has pictures
-        counts += count_labels(mask[None].cpu(), num_classes)[0]
-    return counts
-
 # %% ../nbs/31_paste.ipynb #a1f0c141
 class ClassPasteCallback(Callback):
     "Paste rare classes into other images while training."
@@ -291,7 +277,7 @@ def find_weights(self:ClassPasteCallback) -> Tensor: # How often each class is d
     if counts is None:
         C = len(names) or getattr(self.dls, 'c', None)
         if not C: raise ValueError("The DataLoaders do not say how many classes there are: pass `pixel_counts`")
-        counts = sum_over_ranks(count_pixels(self.dls.train.dataset, C))
+        counts = class_counts(self.dls.train.dataset, C)
     unknown = [o for o in self.never if isinstance(o, str) and o not in names]
     if unknown: raise ValueError(f"`never` names {unknown[0]!r}, which is no class; the classes are "
                                  f"{', '.join(names) or 'not named, so give labels'}")

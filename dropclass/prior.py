@@ -261,11 +261,11 @@ def warn_of(
     "Warn where the choice is weak."
     images,doubt = len(found.images),(found.resampled_gains()[:,found.best]<=0).double().mean().item()
     if found.best in (0, len(found.taus)-1):
-        warnings.warn(f"The best tau, {found.tau:g}, is an end of the grid: give `taus` that go further", stacklevel=3)
+        warnings.warn(f"The best tau, {found.tau:g}, is an end of the grid: give `taus` that go further", stacklevel=4)
     if images<FEW: why = f"below {FEW} images the choice is a guess"
     elif found.tau and doubt>.1: why = f"in {100*doubt:.0f} % of the resamples it is no better than 0"
     else: return
-    warnings.warn(f"Tau {found.tau:g} is uncertain with {images} images, {why}: tune on more", stacklevel=3)
+    warnings.warn(f"Tau {found.tau:g} is uncertain with {images} images, {why}: tune on more", stacklevel=4)
 
 # %% ../nbs/32_prior.ipynb #2399757f
 def tune_prior(

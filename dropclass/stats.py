@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ImageCounts', 'count_images', 'image_class_counts', 'ClassStats', 'class_stats', 'class_counts', 'presence_counts',
-           'check_counts', 'median_frequency_weights']
+           'check_counts', 'check_validation', 'median_frequency_weights']
 
 # %% ../nbs/51_stats.ipynb #489d89e8
 import warnings
@@ -106,6 +106,17 @@ def check_counts(
     if not missing: return
     named = ', '.join(missing[:8])+(' ...' if len(missing)>8 else '')
     warnings.warn(f"No training pixel is labelled {named}: if it should be there, check the masks, `label_map` and the order of the names")
+
+# %% ../nbs/51_stats.ipynb #b4279e6b
+def check_validation(
+    train_counts:Tensor, # Pixels of each class in the training set (C,)
+    valid_counts:Tensor, # Pixels of each class in the validation set (C,)
+    spec:ClassSpec, # The classes
+):
+    "Warn of classes that are learned and cannot be measured."
+    lost = [name for name,a,b in zip(spec.names, train_counts.tolist(), valid_counts.tolist()) if a and not b]
+    if lost: warnings.warn(f"No validation pixel is labelled {', '.join(lost[:8])}{' ...' if len(lost)>8 else ''}: "
+        "such a class has no IoU and is left out of every mean. Hold out images that show it")
 
 # %% ../nbs/51_stats.ipynb #dc6431c4
 def median_frequency_weights(

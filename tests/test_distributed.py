@@ -325,7 +325,7 @@ LAUNCHERS = {'torchrun':['torch.distributed.run', '--standalone', '--local-addr'
 def test_launchers_start_dropclass_train(tmp_path, launcher):
     out,(module,*options) = tmp_path/'run',LAUNCHERS[launcher]
     if launcher=='accelerate': options += ['--main_process_port', str(free_port())]
-    command = ['dropclass.run.distributed', 'scenes', '--epochs', '2', '--bs', '4', '--size', '32x48', '--data-options', 'n_train=20,n_valid=5', '--threads', '1', '--out', str(out)]
+    command = ['dropclass.run.cli', 'scenes', '--epochs', '2', '--bs', '4', '--size', '32x48', '--data-options', 'n_train=20,n_valid=5', '--threads', '1', '--out', str(out)]
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'GLOO_SOCKET_IFNAME':'lo'}
     res = subprocess.run([sys.executable, '-m', module, *options, '-m', *command], env=env, text=True, capture_output=True, timeout=120)
     assert res.returncode==0, res.stderr

@@ -8,17 +8,15 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from fastai.optimizer import SGD
 from fastai.torch_core import TensorImage, TensorMask
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from dropclass.callback import DropClassCallback
 from dropclass.core import VOID, step_generator
-try: from dropclass.rivals import FadeWeightsCallback, IgnoreLabelCallback
-except ImportError: from dropclass.baselines import FadeWeightsCallback, IgnoreLabelCallback
 from dropclass.paste import ERASE_FILLS, ClassPasteCallback, EraseClassCallback, count_labels, erase_classes, paste_classes, rarity_weights
+from dropclass.rivals import FadeWeightsCallback, IgnoreLabelCallback
 from dropclass.schedules import hold_ramp
 from dropclass.testing import toy_batch, toy_dls, toy_learner
 
@@ -173,6 +171,7 @@ def test_generator_decides():
 
 class Watch(Callback):
     "Keeps the batches as they were, or as they became."
+    reads_pred = False
     def __init__(self, order): self.order,self.seen = order,[]
     def before_batch(self): self.seen.append((self.training, self.xb[0].clone(), self.yb[0].clone()))
 
@@ -216,7 +215,7 @@ class Stop(Callback):
     def after_epoch(self):
         if self.epoch==self.at: self.state = {k:v.clone() for k,v in self.model.state_dict().items()},self.dls.train.rng.getstate(),random.getstate(),torch.get_rng_state()
 
-@pytest.mark.parametrize('cbs', [lambda: [], lambda: [pytest.importorskip('dropclass.callback').DropClassCallback(drop_prob=1.)]])
+@pytest.mark.parametrize('cbs', [lambda: [], lambda: [DropClassCallback(drop_prob=1.)]])
 def test_resume_is_the_straight_run(cbs):
     "Two epochs, then two more in a new Learner, give the weights of four."
     def learner(): return toy_learner(opt_func=SGD, cbs=[ClassPasteCallback(hold_ramp(.9, .1)), Stop(1), *cbs()])
@@ -251,7 +250,6 @@ def test_seed_and_rank_decide(monkeypatch):
 
 def test_beside_drop_class():
     "The class that is dropped and the pieces that are pasted do not depend on each other."
-    from dropclass.callback import DropClassCallback
     alone,both = DropClassCallback(drop_prob=1.),DropClassCallback(drop_prob=1.)
     toy_learner(cbs=alone).fit(2)
     learn,before,after = watched([both])

@@ -13,7 +13,8 @@ from torch import nn
 
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID
-from dropclass.head import add_dropclass, fold_dropclass, get_head, main_output
+from dropclass.surgery import add_dropclass, get_head, main_output
+from dropclass.fold import fold_dropclass
 from dropclass.metrics import confusion_matrix, evaluate, mean_iou
 from dropclass.models import create_model
 from dropclass.prior import (TAUS, PriorTuning, ShiftedOutput, class_offsets, class_totals, counts_miou, grid_confusions, prior_confusions, probe_logits, shift_classes,

@@ -12,7 +12,8 @@ from pathlib import Path, PurePosixPath
 from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, untar_data
 from ..core import VOID, ClassSpec, check_choice
-from .core import SegmentationItems, make_dls, pair_files, read_lines, split_pairs, workers_for, write_toy_folder
+from .core import SegmentationItems, make_dls, pair_files, read_lines, workers_for, write_toy_folder
+from .split import split_pairs
 
 # %% ../../nbs/42_data.camvid.ipynb #96a1658d
 CAMVID_COLORS = dict(Animal=(64,128,64), Archway=(192,0,128), Bicyclist=(0,128,192), Bridge=(0,128,64), Building=(128,0,0), Car=(64,0,128),

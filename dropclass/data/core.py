@@ -4,25 +4,25 @@
 
 # %% auto #0
 __all__ = ['ROTATION', 'MASK_MODES', 'LOSSY', 'CACHE_LIMIT', 'CANVAS', 'write_toy_folder', 'open_image', 'read_image',
-           'map_labels', 'read_mask', 'labels_from_colors', 'pair_files', 'read_lines', 'listed_images', 'split_pairs',
-           'SegmentationItems', 'fitted_size', 'place', 'FittedItems', 'workers_for', 'find_root', 'crop_coords',
-           'crop_images', 'crop_masks', 'BatchTransform', 'LazyItems', 'SegmentationDataset', 'PrepareItem',
-           'ClassColors', 'make_dls']
+           'map_labels', 'read_mask', 'labels_from_colors', 'pair_files', 'read_lines', 'SegmentationItems',
+           'channel_stats', 'canvas_color', 'fitted_size', 'own_canvas', 'place', 'FittedItems', 'workers_for',
+           'find_root', 'crop_coords', 'crop_images', 'crop_masks', 'BatchTransform', 'LazyItems',
+           'SegmentationDataset', 'PrepareItem', 'ClassColors', 'make_dls', 'OwnSizeItems', 'full_size_dl']
 
 # %% ../../nbs/40_data.core.ipynb #41a5da2b
-import random
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
-from fastcore.basics import GetAttr, num_cpus
+from fastcore.basics import GetAttr, num_cpus, patch
 from fastai.torch_basics import ItemTransform
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.transforms import IntToFloatTensor, Normalize, get_image_files
@@ -74,24 +74,57 @@ def open_image(
             upright.format = image.format # The kind of file it came from
             return upright
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"Cannot read {path} as a picture ({e}): the file is damaged, cut off or of another kind; "
+        limit = ' (Pillow reads TIFF files of at most four bands)' if Path(path).suffix.lower() in ('.tif','.tiff') else ''
+        raise ValueError(f"Cannot read {path} as a picture ({e}): the file is damaged, cut off or of another kind{limit}; "
                          "replace it or take it out") from e
 
-# %% ../../nbs/40_data.core.ipynb #0f7123a5
+# %% ../../nbs/40_data.core.ipynb #507bd83f
+def _eight_bits(image, bits, name):
+    "Keep the upper eight bits of a picture that has more."
+    if image.mode=='F': raise ValueError(f"{name} holds floating point numbers, whose scale is unknown: save it with 8 or 16 bits")
+    if not image.mode.startswith('I'): return image
+    if bits is None and not image.mode.startswith('I;16') and image.format not in ('PNG','PPM'):
+        raise ValueError(f"{name} holds 32-bit numbers, and how many of the bits are used is unknown: say it, `bits=16`")
+    values = np.asarray(image).astype(np.int64)
+    if bits is None and 0<values.max()<4096: warnings.warn(
+        "A picture of 16 bits holds no value above 4095, so it is nearly black: if the camera writes 12 bits into 16, use bits=12")
+    bits = bits or 16
+    if values.min()<0 or values.max()>=2**bits:
+        raise ValueError(f"{name} holds values {values.min()}..{values.max()}, more than {bits} bits: give `bits` of the camera that took it")
+    return Image.fromarray((values>>max(bits-8, 0)).astype(np.uint8))
+
+# %% ../../nbs/40_data.core.ipynb #65bb48ca
+def _bands(image, in_chans, name):
+    "Bring a picture to a number of channels."
+    bands = image.getbands()
+    if in_chans not in (1,3):
+        if len(bands)!=in_chans: raise ValueError(f"{name} has {len(bands)} channels ({', '.join(bands)}), not `in_chans={in_chans}`")
+        return image
+    if bands[-1]=='A' and image.getextrema()[-1][0]<255: warnings.warn(
+        f"Pictures have a fourth band that is not opaque, and in_chans={in_chans} leaves it out: if it holds data, near infrared for instance, use in_chans=4")
+    return image.convert('L' if in_chans==1 else 'RGB')
+
+# %% ../../nbs/40_data.core.ipynb #8f60caf5
+def _resized(image, size):
+    "Resize a picture, each band by itself."
+    alike = image.mode not in ('RGBA','LA') # Bands mean the same there
+    parts = [o.resize(size[::-1], Image.Resampling.BILINEAR) for o in ((image,) if alike else image.split())]
+    return parts[0] if alike else Image.merge(image.mode, parts)
+
+# %% ../../nbs/40_data.core.ipynb #769d1179
 def read_image(
-    image:str|Path|Image.Image|np.ndarray, # A file, a Pillow image, or an array (H,W,3) of bytes
+    image:str|Path|Image.Image|np.ndarray, # A file, a Pillow image, or an array (H,W) or (H,W,channels) of bytes
     size:tuple|None=None, # Height and width to resize to; None keeps the picture's own
-) -> Tensor: # Bytes (3,H,W), RGB
-    "Read an image as RGB bytes."
+    in_chans:int=3, # Channels: 1 is grey, 3 red, green and blue, others are the bands of the file
+    bits:int|None=None, # Bits that a file of more than 8 uses; None: all 16 of a 16-bit file
+) -> Tensor: # Bytes (channels,H,W)
+    "Read an image as bytes."
+    name = image if isinstance(image, (str,Path)) else 'The picture'
     if isinstance(image, (str,Path)): image = open_image(image)
     elif isinstance(image, np.ndarray): image = Image.fromarray(image)
-    if image.mode=='F': raise ValueError("The picture holds floating point numbers, whose scale is unknown: save it with 8 or 16 bits")
-    if image.mode.startswith('I'): # More than 8 bits: keep the upper 8 of 16, if there are any
-        values = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((values>>8 if values.max()>255 else values).clip(0, 255).astype(np.uint8))
-    image = image.convert('RGB')
-    if size is not None and image.size!=(size[1],size[0]): image = image.resize((size[1],size[0]), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2,0,1).contiguous()
+    image = _bands(_eight_bits(image, bits, name), in_chans, name)
+    if size is not None and image.size!=(size[1],size[0]): image = _resized(image, size)
+    return torch.from_numpy(np.array(image)).reshape(*image.size[::-1], -1).permute(2,0,1).contiguous()
 
 # %% ../../nbs/40_data.core.ipynb #241b42e6
 MASK_MODES = ('1','L','P','I','I;16','I;16B','I;16L','I;16N') # Pillow's names for one label per pixel
@@ -205,42 +238,6 @@ def read_lines(
     if not any(lines): raise ValueError(f"{path} is empty: it should hold one name a line")
     return [o for o in lines if o]
 
-# %% ../../nbs/40_data.core.ipynb #5dc81f0a
-def listed_images(
-    images:list, # Image paths
-    file:str|Path, # Text file with an image a line: a name or a path's end, with or without the ending
-) -> set: # Positions in `images`
-    "Find the images that a file names."
-    by_end = {}
-    for i,o in enumerate(images):
-        path = PurePath(o)
-        for whole in (path, path.with_suffix('')):
-            for k in range(1, len(whole.parts)+1): by_end.setdefault('/'.join(whole.parts[-k:]), set()).add(i)
-    found = {}
-    for o in map(PurePath, read_lines(file)):
-        tries = (o.as_posix(), o.name, o.stem) # Where the list was written, the folder or the ending may have been another
-        found[str(o)] = next((by_end[k] for k in tries if k in by_end), set())
-    lost = [o for o,f in found.items() if not f]
-    if lost: raise ValueError(f"{file} names {len(lost)} images that are not there: {', '.join(lost[:4])}")
-    many = next((o for o,f in found.items() if len(f)>1), None)
-    if many: raise ValueError(f"{file} names {many!r}, and {len(found[many])} images are called so, {' and '.join(str(images[i]) for i in sorted(found[many])[:2])}: write their folder before it")
-    return set().union(*found.values())
-
-def split_pairs(
-    pairs:list, # Pairs (image path, mask path)
-    valid:float|str|Path=.2, # Share of the images that validate, or a text file that names them, with or without the ending
-    seed:int=42, # Seed of the random share
-) -> tuple: # Two lists of pairs: training, validation
-    "Divide pairs into training and validation."
-    if isinstance(valid, (str,Path)):
-        held_out = listed_images([o for o,_ in pairs], valid)
-    else:
-        if not 0<valid<1: raise ValueError(f"`valid` must be a share between 0 and 1 or a text file, got {valid}")
-        n = max(1, round(valid*len(pairs)))
-        held_out = set(random.Random(seed).sample(range(len(pairs)), n))
-    if len(held_out)==len(pairs): raise ValueError(f"All {len(pairs)} images validate and none is left to train on: hold out fewer")
-    return [o for i,o in enumerate(pairs) if i not in held_out],[o for i,o in enumerate(pairs) if i in held_out]
-
 # %% ../../nbs/40_data.core.ipynb #2e57b506
 def _upright_size(opened):
     "Width and height as `open_image` gives them, from the header alone."
@@ -255,7 +252,8 @@ def _check_header(image, mask):
     opened = open_image(mask, load=False)
     _check_mask_mode(opened, mask)
     own = _upright_size(opened)
-    if own!=size: raise ValueError(f"{image} is {size[0]}x{size[1]} pixels and its mask {mask} is {own[0]}x{own[1]}: they must be the same size")
+    if own!=size: raise ValueError(
+        f"{image} is {size[0]}x{size[1]} pixels and its mask {mask} is {own[0]}x{own[1]}: they must be the same size")
     return size[::-1]
 
 # %% ../../nbs/40_data.core.ipynb #b34fcb27
@@ -263,9 +261,19 @@ def _check_labels(labels, spec, path):
     "Refuse labels that are neither a class nor void, naming the file and the labels."
     bad = ((labels<0)|(labels>=len(spec))) & (labels!=spec.ignore_index)
     if not bad.any(): return labels
-    values = torch.unique(labels[bad]).tolist()
-    raise ValueError(f"Mask {path} holds label {', '.join(map(str, values[:8]))}; the {len(spec)} class names fit labels 0..{len(spec)-1} and void is {spec.ignore_index}: "
-                     f"give a name for every label, or send some to void with `label_map={{{values[0]}: {spec.ignore_index}}}`")
+    values,C,void = torch.unique(labels[bad]).tolist(),len(spec),spec.ignore_index
+    raise ValueError(f"Mask {path} holds label {', '.join(map(str, values[:8]))}; the {C} class names fit labels 0..{C-1} and void is {void}: "
+                     f"give a name for every label, or send some to void with `label_map={{{values[0]}: {void}}}`")
+
+def _common_size(size, pairs, own):
+    "The size that all images are kept at: as given, or the one that all have."
+    if size is not None:
+        if isinstance(size, (tuple,list)) and len(size)==2: return tuple(size)
+        raise ValueError(f"`size` must be a height and a width, got {size!r}: (256,256) for instance")
+    other = next((i for i,o in enumerate(own) if o!=own[0]), None)
+    if other is None: return tuple(own[0])
+    raise ValueError(f"{pairs[0][0]} is {own[0]} and {pairs[other][0]} is {own[other]} (height, width): "
+                     "give `size` to bring all to one (a folder's images keep their proportions with `fit=True`)")
 
 # %% ../../nbs/40_data.core.ipynb #ae542ef1
 CACHE_LIMIT = 2**30 # Bytes of decoded images that `cache=None` keeps in memory
@@ -279,42 +287,91 @@ class SegmentationItems:
         size:tuple|None=None, # Height and width to keep images at; None is the files' own, which must then agree
         label_map:dict|None=None, # File label -> class or void
         cache:bool|None=None, # Decode everything now and keep it? None does so up to `CACHE_LIMIT` bytes
+        in_chans:int=3, # Channels of the images, see `read_image`
+        bits:int|None=None, # Bits that image files of more than 8 use, see `read_image`
     ):
         self.pairs,self.spec,self.label_map = [tuple(map(Path, o)) for o in pairs],spec,label_map
-        if size is not None and (not isinstance(size, (tuple,list)) or len(size)!=2): raise ValueError(f"`size` must be a height and a width, got {size!r}: (256,256), say")
+        self.in_chans,self.bits = in_chans,bits
         if not self.pairs: raise ValueError("There are no images: give at least one (image, mask) pair")
-        sizes = self._map(lambda o: self._header(*o), self.pairs)
-        other = next((i for i,o in enumerate(sizes) if o!=sizes[0]), None)
-        if size is None and other is not None:
-            raise ValueError(f"{self.pairs[0][0]} is {sizes[0]} and {self.pairs[other][0]} is {sizes[other]} (height, width): give `size` to bring all to one (a folder's images keep their proportions with `fit=True`)")
-        self.size = tuple(sizes[0] if size is None else size)
-        if cache is None: cache = len(self)*4*self.size[0]*self.size[1]<=CACHE_LIMIT
-        self.cached = self._map(self._read, range(len(self))) if cache else None
+        self.own_sizes = self._map(lambda o: self._header(*o), self.pairs)
+        self.size = _common_size(size, self.pairs, self.own_sizes)
+        self._keep(cache)
 
     def _map(self, f, xs):
         with ThreadPoolExecutor(4) as pool: return list(pool.map(f, xs))
 
     def _header(self, image, mask): return _check_header(image, mask)
 
-    def _read(self, i): return read_image(self.pairs[i][0], self.size),self._read_mask(i)
+    def _keep(self, cache):
+        "Decode everything, if that is asked for or there is room."
+        if cache is None: cache = len(self)*(self.in_chans+1)*self.size[0]*self.size[1]<=CACHE_LIMIT
+        self.cached = self._map(self._read, range(len(self))) if cache else None
 
-    def _read_mask(self, i):
-        labels = read_mask(self.pairs[i][1], self.size, self.label_map)
-        return _check_labels(labels, self.spec, self.pairs[i][1])
-
-    def get_mask(self,
-        i:int, # Position in the sequence
-    ) -> Tensor: # Labels (H,W)
-        "Read the labels alone."
-        return self.cached[i][1] if self.cached else self._read_mask(i)
-
-    def __getitem__(self, i): return self.cached[i] if self.cached else self._read(i)
     def __len__(self): return len(self.pairs)
-    def __repr__(self): return f"{len(self)} images of {self.size[0]}x{self.size[1]}, {len(self.spec)} classes, {'in memory' if self.cached else 'on disk'}"
+    def __getitem__(self, i): return self.cached[i] if self.cached else self._read(i)
+    def __repr__(self):
+        where = 'in memory' if self.cached else 'on disk'
+        return f"{len(self)} images of {self.size[0]}x{self.size[1]}, {len(self.spec)} classes, {where}"
 
-# %% ../../nbs/40_data.core.ipynb #f865d2f9
-CANVAS = tuple(int(255*o+.5) for o in imagenet_stats[0]) # Colour around a picture
+# %% ../../nbs/40_data.core.ipynb #e62493cb
+@patch
+def _labels(self:SegmentationItems, i, size):
+    "Labels of one mask file at a size, checked."
+    return _check_labels(read_mask(self.pairs[i][1], size, self.label_map), self.spec, self.pairs[i][1])
 
+@patch
+def _read_mask(self:SegmentationItems, i): return self._labels(i, self.size)
+
+@patch
+def _read(self:SegmentationItems, i): return read_image(self.pairs[i][0], self.size, self.in_chans, self.bits),self._read_mask(i)
+
+@patch
+def get_mask(self:SegmentationItems,
+    i:int, # Position in the sequence
+) -> Tensor: # Labels (H,W)
+    "Read the labels alone."
+    return self.cached[i][1] if self.cached else self._read_mask(i)
+
+@patch
+def own_mask(self:SegmentationItems,
+    i:int, # Position in the sequence
+) -> Tensor: # Labels at the size of the file (h,w)
+    "Read the labels as they are in the file, not resized."
+    return self._labels(i, None)
+
+# %% ../../nbs/40_data.core.ipynb #bc9e94c6
+@patch
+def part(self:SegmentationItems,
+    pairs:list, # Some of the pairs
+    cache:bool|None=None, # Decode these now and keep them? None does so up to `CACHE_LIMIT` bytes
+): # Items of the same kind
+    "Take some of the pairs."
+    where = {o:i for i,o in enumerate(self.pairs)}
+    which = [where[tuple(map(Path, o))] for o in pairs]
+    some = copy(self)
+    some.pairs,some.own_sizes = [self.pairs[i] for i in which],[self.own_sizes[i] for i in which]
+    counts = getattr(self, '_image_counts', None)
+    if counts is not None: some._image_counts = type(counts)(*(o[which] for o in counts))
+    some._keep(cache)
+    return some
+
+# %% ../../nbs/40_data.core.ipynb #a85b25a2
+def channel_stats(
+    in_chans:int, # Channels of the images
+) -> tuple: # Mean and standard deviation per channel, for images in 0..1
+    "Give ImageNet's statistics for red, green and blue, and their average for any other channels."
+    if in_chans==3: return imagenet_stats
+    return tuple([*o, *[sum(o)/3]*(in_chans-3)] if in_chans>3 else [sum(o)/3]*in_chans for o in imagenet_stats)
+
+def canvas_color(
+    in_chans:int=3, # Channels of the images
+) -> tuple: # One byte per channel
+    "Choose the colour around a picture: the mean."
+    return tuple(int(255*o+.5) for o in channel_stats(in_chans)[0])
+
+CANVAS = canvas_color() # Colour around a picture of three channels
+
+# %% ../../nbs/40_data.core.ipynb #02a74f2b
 def fitted_size(
     size:tuple, # Height and width of a picture
     canvas:tuple, # Height and width of the canvas
@@ -323,32 +380,46 @@ def fitted_size(
     scale = min(1, *(c/s for s,c in zip(size, canvas)))
     return tuple(max(1, round(scale*o)) for o in size)
 
-def place(
-    x:Tensor, # Picture (3,h,w) or labels (h,w)
+def own_canvas(
+    size:tuple, # Height and width of a picture
     canvas:tuple, # Height and width of the canvas
-    fill, # Colour (3,), or label, of what is left over
-) -> Tensor: # (3,H,W) or (H,W)
+) -> tuple: # Height and width of the canvas before the picture was shrunk
+    "Find the canvas that goes with a picture of full size."
+    return tuple(max(s, round(c*s/f)) for s,c,f in zip(size, canvas, fitted_size(size, canvas)))
+
+# %% ../../nbs/40_data.core.ipynb #3a2168f4
+def place(
+    x:Tensor, # Picture (channels,h,w) or labels (h,w)
+    canvas:tuple, # Height and width of the canvas
+    fill, # Colour (channels,), or label, of what is left over
+) -> Tensor: # (channels,H,W) or (H,W)
     "Put a picture at the top left of a canvas."
     out = torch.as_tensor(fill, dtype=x.dtype)[...,None,None].expand(*x.shape[:-2], *canvas).clone()
     out[..., :x.shape[-2], :x.shape[-1]] = x
     return out
 
+# %% ../../nbs/40_data.core.ipynb #71e58a2a
 class FittedItems(SegmentationItems):
     "A sequence of (image, labels) on one canvas, from files of many sizes."
-    fill = CANVAS
-
     def _open_mask(self, path): return open_image(path)
 
     def _read(self, i):
         image = open_image(self.pairs[i][0])
-        return place(read_image(image, fitted_size(image.size[::-1], self.size)), self.size, self.fill),self._read_mask(i, image.size)
+        pixels = read_image(image, fitted_size(image.size[::-1], self.size), self.in_chans, self.bits)
+        return place(pixels, self.size, canvas_color(self.in_chans)),self._read_mask(i, image.size)
 
     def _read_mask(self, i, image_size=None):
         image,path = self.pairs[i]
         mask = self._open_mask(path)
-        if image_size not in (None, mask.size): raise ValueError(f"{image} and its mask {path} differ in size, {image_size} and {mask.size} (width, height): they must be the same size")
+        if image_size not in (None, mask.size): raise ValueError(
+            f"{image} and its mask {path} differ in size, {image_size} and {mask.size} (width, height): they must be the same size")
         labels = read_mask(mask, fitted_size(mask.size[::-1], self.size), self.label_map)
         return place(_check_labels(labels, self.spec, path), self.size, self.spec.ignore_index)
+
+    def own_mask(self, i):
+        labels = read_mask(self._open_mask(self.pairs[i][1]), None, self.label_map)
+        canvas = own_canvas(labels.shape, self.size)
+        return place(_check_labels(labels, self.spec, self.pairs[i][1]), canvas, self.spec.ignore_index)
 
 # %% ../../nbs/40_data.core.ipynb #b7edc40d
 def workers_for(
@@ -483,6 +554,8 @@ class SegmentationDataset(GetAttr):
     @property
     def c(self): return len(self.spec)
     @property
+    def in_chans(self): return len(self.source[0][0])
+    @property
     def items(self): return LazyItems(self.source)
     @property
     def loss_func(self): return CrossEntropyLossFlat(axis=1, ignore_index=self.spec.ignore_index)
@@ -498,9 +571,11 @@ class PrepareItem(ItemTransform):
         size:tuple|None=None, # Height and width that files are resized to; None keeps theirs
         label_map:dict|None=None, # File label -> class or void, for masks that are still files
         void:int|None=None, # Fit files onto a canvas of `size`, with this label around the mask; None stretches them to `size`
+        in_chans:int=3, # Channels of the images
+        bits:int|None=None, # Bits that image files of more than 8 use, see `read_image`
     ):
         super().__init__()
-        self.size,self.label_map,self.void = size,label_map,void
+        self.size,self.label_map,self.void,self.in_chans,self.bits = size,label_map,void,in_chans,bits
 
     def encodes(self, item):
         item = item if isinstance(item, (tuple,list)) else (item,)
@@ -508,11 +583,10 @@ class PrepareItem(ItemTransform):
 
     def image(self, x):
         "Read an image, or check that it is bytes already."
-        if not isinstance(x, Tensor): x = self.fit(x, read_image, CANVAS)
-        if x.dtype!=torch.uint8 or x.ndim!=3 or len(x)!=3:
-            raise TypeError(f"An image must be bytes (uint8) of shape (3,H,W), got {x.dtype} of shape {tuple(x.shape)}: "
-                            "normalising comes later, in `make_dls`")
-        return TensorImage(x)
+        if not isinstance(x, Tensor): x = self.fit(x, partial(read_image, in_chans=self.in_chans, bits=self.bits), canvas_color(self.in_chans))
+        if x.dtype==torch.uint8 and x.ndim==3 and len(x)==self.in_chans: return TensorImage(x)
+        raise TypeError(f"An image must be bytes (uint8) of shape ({self.in_chans},H,W), got {x.dtype} of shape {tuple(x.shape)}: "
+                        "normalising comes later, in `make_dls`")
 
     def mask(self, y):
         "Read a mask, or take the labels as they are."
@@ -537,13 +611,28 @@ class ClassColors(ItemTransform):
     def decodes(self, b):
         from matplotlib.colors import ListedColormap
         cmap = ListedColormap([tuple(v/255 for v in o) for o in self.spec.colors]).with_extremes(over='black', under='black')
+        shown = dict(cmap=cmap, vmin=-.5, vmax=len(self.spec)-.5, alpha=.6, interpolation='nearest')
         for o in b:
-            if isinstance(o, TensorMask): o._show_args = dict(cmap=cmap, vmin=-.5, vmax=len(self.spec)-.5, alpha=.6, interpolation='nearest')
-        return b
+            if isinstance(o, TensorMask): o._show_args = shown
+        channels = -3 # Axis of the channels, in a batch as in one image
+        return type(b)(o.narrow(channels, 0, 3) if isinstance(o, TensorImage) and o.shape[channels]>3 else o for o in b)
+
+# %% ../../nbs/40_data.core.ipynb #d060a29f
+def _prepare(items, spec):
+    "The transform that reads files as these items were read."
+    x,_ = items[0]
+    void = spec.ignore_index if isinstance(items, FittedItems) else None
+    return PrepareItem(tuple(x.shape[-2:]), getattr(items, 'label_map', None), void, len(x), getattr(items, 'bits', None))
+
+def _checked_stats(stats, in_chans):
+    "Mean and standard deviation for images of so many channels."
+    if stats is None: return channel_stats(in_chans)
+    if all(len(o)==in_chans for o in stats): return stats
+    raise ValueError(f"`stats` must be a mean and a standard deviation for each of {in_chans} channels, got {stats}")
 
 # %% ../../nbs/40_data.core.ipynb #6b72ade0
 def make_dls(
-    train_ds, # Training pairs: bytes (3,H,W) and labels (H,W), all of one size
+    train_ds, # Training pairs: bytes (channels,H,W) and labels (H,W), all of one size
     valid_ds, # Validation pairs, of the same kind
     spec:ClassSpec, # The classes
     bs:int=8, # Training batch size, N
@@ -552,21 +641,45 @@ def make_dls(
     scale:tuple=(.5,2.1), # Random scale of training images, smallest and largest
     flip:float=.5, # Probability of a horizontal flip
     augment:bool=True, # Use the random transforms in training? False trains on the images as they are
-    stats:tuple=imagenet_stats, # Mean and standard deviation per channel, for images in 0..1
+    stats:tuple|None=None, # Mean and standard deviation per channel, for images in 0..1; None is ImageNet's, see `channel_stats`
     num_workers:int=0, # Processes that fetch items; with images in memory 0 is fastest
     device=None, # Where batches go; None is fastai's default
     path:str|Path='.', # Where the Learner keeps models
     dl_type:type=TfmdDL, # Class of the training loader
     **kwargs, # More for the training loader
-) -> DataLoaders: # With `vocab`, `c` and `spec`
+) -> DataLoaders: # With `vocab`, `c`, `spec` and `in_chans`
     "Make DataLoaders out of two sequences of (image bytes, labels)."
     if len(train_ds)<bs: raise ValueError(f"A batch of {bs} needs as many training images, got {len(train_ds)}: lower `bs`")
     if not len(valid_ds): raise ValueError("There are no validation images: hold some out")
-    x,y = valid_ds[0]
-    prepare = PrepareItem(tuple(x.shape[-2:]), getattr(valid_ds, 'label_map', None), spec.ignore_index if isinstance(valid_ds, FittedItems) else None)
+    prepare,stats = _prepare(valid_ds, spec),_checked_stats(stats, len(valid_ds[0][0]))
     after = [IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False), ClassColors(spec)]
     random_crop = [BatchTransform(crop, scale, flip, stats[0], spec.ignore_index)] if augment else []
     shared = dict(after_item=[prepare], num_workers=num_workers)
     train = dl_type(SegmentationDataset(train_ds, spec, 0), bs=bs, shuffle=True, drop_last=True, after_batch=random_crop+after, **shared, **kwargs)
     valid = TfmdDL(SegmentationDataset(valid_ds, spec, 1), bs=valid_bs or bs, after_batch=after, **shared)
     return DataLoaders(train, valid, path=path, device=default_device() if device is None else device)
+
+# %% ../../nbs/40_data.core.ipynb #5a20c4a1
+class OwnSizeItems:
+    "Images as they are kept, with labels at the size of their files."
+    def __init__(self,
+        items:SegmentationItems, # Images and labels at one size
+    ): self.items = items
+    def get_mask(self,
+        i:int, # Position in the sequence
+    ) -> Tensor: # Labels (h,w)
+        "Read the labels alone."
+        return self.items.own_mask(i)
+    def __getitem__(self, i): return self.items[i][0],self.items.own_mask(i)
+    def __len__(self): return len(self.items)
+
+# %% ../../nbs/40_data.core.ipynb #fca28bba
+def full_size_dl(
+    dl:TfmdDL, # Loader of images and labels at the training size, `dls.valid`
+) -> TfmdDL: # The same images in the same order, with labels at their own size
+    "Give labels back the size of their files."
+    items = dl.dataset.source
+    if not hasattr(items, 'own_mask'): return dl # They have no other size
+    alike = len(set(items.own_sizes))==1
+    full = SegmentationDataset(OwnSizeItems(items), dl.dataset.spec, 1)
+    return dl.new(full, bs=dl.bs if alike else 1, shuffle=False, drop_last=False) # A batch is of one size

@@ -6,7 +6,7 @@
 __all__ = ['in_command', 'command_words', 'one_line_errors', 'read_size', 'read_options', 'read_times', 'takers', 'annotation_of',
            'typed_options', 'without_suppression', 'check_used', 'make_config', 'folder_config', 'default_folder',
            'train_command', 'show_recipes', 'written', 'example_of', 'show_options', 'takes_settings', 'train',
-           'compare', 'predict', 'audit', 'demo_configs', 'train_side_by_side', 'demo_verdict', 'demo']
+           'compare', 'predict', 'audit', 'tune', 'demo_configs', 'train_side_by_side', 'demo_verdict', 'demo']
 
 # %% ../../nbs/72_run.cli.ipynb #cfa621bb
 import inspect
@@ -30,11 +30,16 @@ from fastcore.script import call_parse, is_cli
 from .config import (RECIPES, Config, format_config, kinds_of, merge_settings, read_config, read_value, recipe,
                                   say_kinds)
 
+# %% ../../nbs/72_run.cli.ipynb #8c7da362
+if __name__=='__main__':
+    from dropclass.run.cli import train
+    raise SystemExit(train())
+
 # %% ../../nbs/72_run.cli.ipynb #c986534a
 def in_command(
 ) -> bool: # Was one of the functions below started from the command line?
     "Tell a command of ours from a call in Python, also where another command runs us."
-    return any(is_cli(globals().get(o)) for o in ('train','compare','predict','demo','audit') if o in globals())
+    return any(is_cli(globals().get(o)) for o in ('train','compare','predict','demo','audit','tune') if o in globals())
 
 # %% ../../nbs/72_run.cli.ipynb #80e7d36d
 def command_words(
@@ -422,13 +427,44 @@ def audit(
 ):
     "Report what a trained network leans on, mixes up and misses."
     with one_line_errors(debug, lambda: "Nothing was written."):
-        from dropclass.analysis.audit import audit_files, audit_summary, check_report
+        from dropclass.analysis.audit import audit_summary, check_report
+        from dropclass.run.audit import audit_files
         if out: check_report(out)
         split = lambda text: [o for o in (text or '').split(',') if o]
         found = audit_files(runs, split(model), split(arch), data, classes, read_size(size), path_of, device, test=test, fill=fill, max_images=max_images, progress=not quiet and sys.stdout.isatty())
         files = found.report(out or Path('audit-'+'-'.join(o.label for o in found.networks)))
         if found.cut_short: print(f"Cut short: looked at {found.images} of {found.total} images.")
         print('\n'.join([*audit_summary(found), f"\nWritten: {files[0]}"+(f", and the same as {files[1].name} and JSON beside it" if len(files)>3 else '')]))
+        return files
+
+# %% ../../nbs/72_run.cli.ipynb #5b424849
+@call_parse
+def tune(
+    run:Annotated[Path, {'nargs':'?'}]=None, # A run's folder; tuning.json and tuning.png go there
+    model:Path=None, # Weights of a network instead, .safetensors or .pth
+    arch:str=None, # Its architecture: small, torchvision:NAME, timm:NAME, smp:ARCH:ENCODER ...
+    data:Path=None, # With --model: folder with images, masks and classes.txt, or a copy of CamVid
+    weights:str=None, # With --model: class weights it was trained with, commas between (none)
+    size:str=None, # With --model: height x width to bring the images to, such as 192x256
+    on:str='train', # Images of a run to tune on: train, or valid
+    metric:str='miou', # What to maximise: miou or rare_miou
+    out:Path=None, # With --model: folder for tuning.json and tuning.png (tuning)
+    debug:bool=False, # Show the traceback of an error
+):
+    "Find in one pass how far the class bias of a trained network should be taken back."
+    with one_line_errors(debug, lambda: "Nothing was written."):
+        from dropclass.run.experiment import load_run
+        from dropclass.run.tune import save_tuning, tune_file, tune_run
+        if (run is None)==(model is None): raise ValueError("Give a run's folder, or --model with --arch and --data: one of the two")
+        if run is not None:
+            opened = load_run(run)
+            found,names,out = tune_run(opened, on, metric),list(opened.spec.names),run
+        else:
+            if arch is None or data is None: raise ValueError("--model needs --arch, its architecture, and --data, labelled images")
+            given = None if weights is None else [float(o) for o in weights.split(',')]
+            found,names = tune_file(model, arch, data, given, read_size(size), metric)
+        files = save_tuning(found, out or Path('tuning'), names)
+        print(f"{found}\n\n{found.table().round(1).to_string()}\n\n{found.classes(names).round(1).to_string()}\n\nWritten: {files[0]}, {files[1].name}")
         return files
 
 # %% ../../nbs/72_run.cli.ipynb #b89aa1f8

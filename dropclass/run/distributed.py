@@ -90,8 +90,3 @@ def over_ranks(
         learn.remove_cb(RankTrainer)
         learn.add_cbs(bars)
         learn.model = get_model(learn.model) # An interrupted fit leaves it wrapped
-
-# %% ../../nbs/73_run.distributed.ipynb #77bda9c2
-if __name__=='__main__':
-    from dropclass.run.cli import train
-    train()

@@ -8,7 +8,7 @@ __all__ = ['data_function', 'sampling_options', 'data_parameters', 'make_data', 
            'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'load_checkpoint',
            'RunRecorder', 'StopDiverged', 'ValidEvery', 'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted',
            'open_folder', 'shift_grid', 'summarize', 'evaluate_paths', 'save_counts', 'prior_counts', 'plot_examples',
-           'finish_run', 'train_run', 'Run', 'load_run']
+           'finish_run', 'train_run', 'Run', 'load_run', 'image_options']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import inspect
@@ -38,11 +38,13 @@ from fastai.data.load import DataLoader
 from fastai.callback.schedule import ParamScheduler, SchedLin, SchedNo, combined_cos
 from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
-from fastai.torch_core import get_model, rank_distrib, set_seed, to_float
+from fastcore.basics import patch
+from fastai.torch_core import default_device, get_model, rank_distrib, set_seed, to_float
 from safetensors.torch import load_file, save
 from ..rivals import FadeWeightsCallback, IgnoreLabelCallback, published_weights, region_loss
+from ..analysis.subjects import Subject, answer_by
 from ..callback import DropClassCallback
-from ..core import ClassSpec, check_choice, check_unit, colorize, write_json, writing
+from ..core import ClassSpec, check_choice, check_device, check_unit, colorize, write_json, writing
 from ..data.core import make_dls
 from ..stats import check_counts, class_counts, median_frequency_weights
 from ..data.sampling import RareClassDL, ResampledDL
@@ -345,7 +347,7 @@ class StopDiverged(Callback):
     "End a run whose loss or weights are not finite."
     order,reads_pred = Recorder.order+10,False
     def after_batch(self):
-        if not self.training or math.isfinite(self.loss): return
+        if not self.training or math.isfinite(self.loss.detach()): return
         void = len(self.yb)==1 and bool((self.yb[0]==self.dls.spec.ignore_index).all())
         if void: self.stop("no pixel of the batch has a label: choose a larger `bs` or crop")
         self.stop(f"the loss is {float(self.loss)}: choose a smaller `lr`")
@@ -724,3 +726,35 @@ def load_run(
 ) -> Run: # The finished run
     "Read a finished run."
     return Run(folder)
+
+# %% ../../nbs/70_run.experiment.ipynb #4a6e5156
+@patch
+def load_data(self:Run): # DataLoaders
+    "Build the data of a run, and see that its classes are still the same."
+    dls = make_data(self.config)
+    was,now = (', '.join(o.spec.names) for o in (self, dls))
+    if was!=now:
+        raise ValueError(f"{self.folder} was trained on the classes {was}; its data now have {now}: "
+                         "pass the `data` it was trained on")
+    return dls
+
+@patch
+def subject(self:Run,
+    path:str|None=None, # Path that answers: 'plain', 'drop' or 'mean'; None is the one that predicts
+    device=None, # Where the network goes; None is fastai's default, a GPU where there is one
+) -> Subject: # For `audit`, `colocation` and the other analyses
+    "Open a run to look into it."
+    model = self.load_model().to(default_device() if device is None else check_device(device))
+    about = f"run {self.folder.name} ({self.config.method}, {self.config.epochs} epochs on {self.config.data})"
+    counts = torch.tensor(self.metrics['pixel_counts'])
+    return Subject(answer_by(model, path), self.spec, self.folder.name, self.load_data, counts, about)
+
+# %% ../../nbs/70_run.experiment.ipynb #a2328da0
+def image_options(
+    config:Config, # A run
+) -> dict: # `size`, `fit`, and `stats` and `label_map` where the run sets them
+    "Tell how the images of a run were prepared."
+    own = inspect.signature(data_function(config.data)).parameters['size'].default
+    size = config.size or config.data_options.get('size', own)
+    set_there = {k:o for k in ('stats','fit','label_map') if (o := config.data_options.get(k)) is not None}
+    return dict(size=size, **{'fit':config.data in ON_CANVAS, **set_there})

@@ -1,9 +1,10 @@
-"""What class paste costs: the time of `paste_classes` and `erase_classes` beside one training step without them, in turn in one process (see common.py).
+"""What class paste costs: a call of `paste_classes` or `erase_classes` beside a training step, in turn (common.py).
 
     python benchmarks/paste_step.py --csv results/paste_step.csv
 
-Each round runs one plain step and then one call of every variant, so a ratio is the share of a step that the call adds. p is 1: every image changes in every
-call; at the default p = 1/2 it is half as much on average. The image is noise and its labels are blocks of 16 pixels, so every class is in every image.
+Each round runs one plain step and then one call of every variant, so a ratio is the share of a step that the call adds.
+p is 1: every image changes in every call; at the default p = 1/2 it is half as much on average. The image is noise and
+its labels are blocks of 16 pixels, so every class is in every image.
 """
 import torch
 from fastcore.script import call_parse
@@ -12,8 +13,14 @@ from common import TIMES, looped, make_base, make_batch, measure, parse_size, pl
 from dropclass.core import step_generator
 from dropclass.paste import erase_classes, paste_classes
 
-VARIANTS = {'paste':(paste_classes, {}), 'paste, scaled':(paste_classes, dict(scale=(.5,2.))), 'paste, feathered':(paste_classes, dict(feather=2)),
-            'paste, component':(paste_classes, dict(components=True)), 'erase, mean':(erase_classes, {}), 'erase, noise':(erase_classes, dict(fill='noise'))}
+VARIANTS = {
+    'paste':(paste_classes, {}),
+    'paste, scaled':(paste_classes, dict(scale=(.5,2.))),
+    'paste, feathered':(paste_classes, dict(feather=2)),
+    'paste, component':(paste_classes, dict(components=True)),
+    'erase, mean':(erase_classes, {}),
+    'erase, noise':(erase_classes, dict(fill='noise')),
+}
 
 
 def make_call(function, options, x, y, weights):
@@ -40,6 +47,7 @@ def main(
     weights = torch.ones(classes)
     steps = {'plain':looped(make_base(arch, classes, device, channels_last=True), plain, x, y)}
     steps |= {name:make_call(*o, x, y, weights) for name,o in VARIANTS.items()}
-    rows = [setting(arch, parse_size(size), bs, classes, rounds, threads, device)|o for o in summary(measure(steps, rounds, device))]
+    common = setting(arch, parse_size(size), bs, classes, rounds, threads, device)
+    rows = [common|o for o in summary(measure(steps, rounds, device))]
     show(rows, TIMES)
     write_csv(rows, csv)

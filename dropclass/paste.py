@@ -272,7 +272,7 @@ class ClassPasteCallback(Callback):
 def find_weights(self:ClassPasteCallback) -> Tensor: # How often each class is drawn (C,)
     "Weigh the classes of the training set."
     vocab = getattr(self.dls, 'vocab', None)
-    if vocab is None: vocab = nested_attr(self.dls, 'train.after_item.vocab', ()) # Where fastai's own DataLoaders have it
+    if vocab is None: vocab = nested_attr(self.dls, 'train.after_item.vocab', ()) # Where fastai's DataLoaders have it
     names,counts = [str(o) for o in vocab],self.pixel_counts
     if counts is None:
         C = len(names) or getattr(self.dls, 'c', None)

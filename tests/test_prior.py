@@ -17,15 +17,16 @@ from dropclass.surgery import add_dropclass, get_head, main_output
 from dropclass.fold import fold_dropclass
 from dropclass.metrics import confusion_matrix, evaluate, mean_iou
 from dropclass.models import create_model
-from dropclass.prior import (TAUS, PriorTuning, ShiftedOutput, class_offsets, class_totals, counts_miou, grid_confusions, prior_confusions, probe_logits, shift_classes,
-                             tune_prior, unshift_classes)
+from dropclass.prior import (TAUS, PriorTuning, ShiftedOutput, class_offsets, counts_miou, grid_confusions,
+                             prior_confusions, probe_logits, shift_classes, tune_prior, unshift_classes)
 from dropclass.testing import ToyNet, toy_batch, toy_learner
 from test_export import Tensor as LogitsOnly, trained
 from test_zoo import C, disturb_norms, images_of, nets
 
 weights = torch.tensor([.1, .9, 2., 8.])
 offsets = class_offsets(weights, .75)
-at_output = {'U-Net resnet18, BatchNorm last', 'U-Net resnet18, y_range', 'FPN, sigmoid last', 'PixelShuffle, module named', 'PixelShuffle, convolution named'}
+at_output = {'U-Net resnet18, BatchNorm last', 'U-Net resnet18, y_range', 'FPN, sigmoid last',
+             'PixelShuffle, module named', 'PixelShuffle, convolution named'}
 
 
 def logits(model, x):
@@ -49,7 +50,10 @@ def built(net):
 
 # ---- the networks of every library
 
-@pytest.mark.parametrize('net', [pytest.param(o, marks=o.marks, id=str(o)) for o in nets if o.name!='Unet, softmax last'])
+with_logits = [pytest.param(o, marks=o.marks, id=str(o)) for o in nets if o.name!='Unet, softmax last']
+
+
+@pytest.mark.parametrize('net', with_logits)
 def test_network(net):
     "Shifted bias = shifted logits, in a network that is the same but for one vector; undone to the bit."
     model,x = built(net),images_of(net)
@@ -82,7 +86,8 @@ def test_outputs_of_other_libraries():
     "The shift of an output stays inside the kind of output that the network has."
     hf = pytest.importorskip('transformers')
     torch.manual_seed(0)
-    model = hf.SegformerForSemanticSegmentation(hf.SegformerConfig(num_labels=C, depths=[1,1,1,1], hidden_sizes=[8,16,24,32], decoder_hidden_size=16)).eval()
+    config = hf.SegformerConfig(num_labels=C, depths=[1,1,1,1], hidden_sizes=[8,16,24,32], decoder_hidden_size=16)
+    model = hf.SegformerForSemanticSegmentation(config).eval()
     x = torch.randn(2, 3, 64, 64)
     before = model(x)
     after = ShiftedOutput(model, offsets)(x)
@@ -123,6 +128,7 @@ def test_autograd_head():
     "Both paths are shifted, at the output; armed, too."
     model,x = autograd_head()
     before = probe_logits(model, x)
+    assert len(before)==2 and not torch.equal(*before)
     shifted = shift_classes(model, offsets)
     assert isinstance(shifted, ShiftedOutput) and get_head(shifted) is get_head(model)
     for a,b in zip(before, probe_logits(shifted, x)): assert shifted_by_offsets(b, a)
@@ -175,6 +181,8 @@ def test_safetensors_and_pickle(build, tmp_path):
     assert torch.equal(logits(other, x), logits(model, x)) and shifted_by_offsets(logits(other, x), before)
     assert torch.equal(logits(pickle.loads(pickle.dumps(model)), x), logits(model, x))
     assert (b'dropclass.prior' in pickle.dumps(model))==(build is squashed), "no trace where the bias takes it"
+    restored = unshift_classes(model)
+    assert torch.equal(logits(restored, x), before) and list(restored.state_dict())==list(build().state_dict())
 
 
 def test_undone_only_where_it_is_known():
@@ -217,7 +225,8 @@ def rare_learner(weight=weights, model=None):
     dsets = Datasets(range(40), [[First(x)], [First(y)]], splits=[range(20), range(20, 40)])
     torch.manual_seed(0)
     loss = CrossEntropyLossFlat(axis=1, weight=weight, ignore_index=VOID)
-    learn = Learner(DataLoaders.from_dsets(*[dsets.subset(i) for i in (0, 1)], bs=5, num_workers=0), ToyNet(stride=1) if model is None else model, loss, lr=.05)
+    dls = DataLoaders.from_dsets(dsets.subset(0), dsets.subset(1), bs=5, num_workers=0)
+    learn = Learner(dls, ToyNet(stride=1) if model is None else model, loss, lr=.05)
     learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
     learn.logger = lambda *args: None
     return learn
@@ -234,7 +243,7 @@ def test_learner(tmp_path):
     preds,targets = learn.get_preds(dl=learn.dls.valid)
     assert torch.equal(confusion_matrix(preds, targets, C), found.confusions[found.best])
     again = learn.tune_prior()
-    assert again.tau==found.tau and torch.equal(again.confusions, found.confusions), "a second call starts from the trained network"
+    assert again.tau==found.tau and torch.equal(again.confusions, found.confusions), "it starts from the trained network"
     learn.export(tmp_path/'learn.pkl')
     x = toy_batch(2, size=32)[0]
     assert torch.equal(logits(load_learner(tmp_path/'learn.pkl').model.eval(), x), logits(learn.model.eval(), x))
@@ -260,7 +269,7 @@ def test_learner_without_weights():
     learn = rare_learner(None)
     learn.fit(3)
     with pytest.raises(ValueError, match='There are no class weights: give `weights`.*or.*`counts`'): learn.tune_prior()
-    pixels = confusion_matrix(torch.cat([y for _,y in learn.dls.train]), torch.cat([y for _,y in learn.dls.train]), C).sum(0)
+    pixels = sum(y.flatten().bincount(minlength=C) for _,y in learn.dls.train)
     found = learn.tune_prior(counts=pixels, taus=[0,.5])
     rare = found.confusions.sum(1)[:,1:].sum(1)
     assert rare[1]>rare[0]
@@ -298,7 +307,8 @@ def test_padding_of_a_distributed_loader():
 def test_all_void_and_one_image():
     x,y = toy_batch(1)
     assert not prior_confusions(ToyNet(), [(x, torch.full_like(y, VOID))], class_offsets(weights, TAUS)).any()
-    with pytest.raises(ValueError, match='images are void'): tune_prior(ToyNet(), [(x, torch.full_like(y, VOID))], weights)
+    void = [(x, torch.full_like(y, VOID))]
+    with pytest.raises(ValueError, match='images are void'): tune_prior(ToyNet(), void, weights)
     with pytest.warns(UserWarning, match='with 1 images'): found = tune_prior(ToyNet(), [(x, y)], weights)
     assert found.held_out_gain()!=found.held_out_gain() # nan
 
@@ -306,17 +316,19 @@ def test_all_void_and_one_image():
 def test_resamples_and_folds_by_hand():
     "Both against loops over images; the metric is a mean over classes, so sums come before ratios."
     torch.manual_seed(0)
-    images = torch.randint(1, 50, (7, 3, 3, 4))
-    images[:,:,1:] += images[:,:,:1] # At least as many labelled and predicted as right
+    right = torch.randint(40, 50, (7, 3, 1, 4)) # Nearly alike for all tau, so that the folds choose differently
+    images = torch.cat([right, torch.full_like(right, 60), torch.full_like(right, 55)], 2)
     found = PriorTuning((0.,.5,1.), torch.zeros(3, 4), torch.zeros(3, 4, 4), images, counts_miou, 'miou', [2,3])
     gen,rows = torch.Generator().manual_seed(0),[]
     for picks in torch.randint(7, (200,7), generator=gen):
         scores = [counts_miou(*sum(images[i,t] for i in picks.tolist())) for t in range(3)]
         rows.append(torch.stack(scores)-scores[0])
     assert torch.allclose(found.resampled_gains(), torch.stack(rows), atol=1e-12)
-    picked = 0
+    picked,chosen = 0,set()
     for fold in ([0,1],[2],[3,4],[5],[6]):
         rest = [i for i in range(7) if i not in fold]
         best = max(range(3), key=lambda t: counts_miou(*images[rest,t].sum(0)))
         picked = picked+images[fold,best].sum(0)
+        chosen.add(best)
+    assert len(chosen)>1
     assert abs(found.held_out_gain()-float(counts_miou(*picked)-counts_miou(*images[:,0].sum(0))))<1e-12

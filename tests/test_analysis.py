@@ -23,7 +23,8 @@ from dropclass.analysis.subjects import as_spec
 from dropclass.core import VOID
 from dropclass.surgery import add_dropclass
 from dropclass.metrics import class_iou, evaluate
-from dropclass.run.experiment import Config, load_run, train_run
+from dropclass.run.config import Config
+from dropclass.run.experiment import load_run, train_run
 from dropclass.testing import ToyNet, toy_batch, toy_learner
 
 root = Path(__file__).parents[1]

@@ -19,7 +19,8 @@ from dropclass.analysis.figures import cam_layer, grad_cam, take_images
 from dropclass.analysis.audit import audit, erased_example, measure_network
 from dropclass.analysis.subjects import open_model
 from dropclass.run.compare import difference_text
-from dropclass.run.experiment import Config, Run
+from dropclass.run.config import Config
+from dropclass.run.experiment import Run
 from dropclass.core import VOID, ClassSpec
 from dropclass.stats import image_class_counts
 from dropclass.surgery import add_dropclass

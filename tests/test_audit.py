@@ -21,7 +21,8 @@ from dropclass.surgery import add_dropclass
 from dropclass.metrics import class_iou, evaluate, mean_iou
 from dropclass.models import SmallSegNet
 from dropclass.run.audit import audit_files
-from dropclass.run.experiment import Config, load_run, train_run
+from dropclass.run.config import Config
+from dropclass.run.experiment import load_run, train_run
 from dropclass.testing import ToyNet, toy_batch, toy_learner
 
 chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')

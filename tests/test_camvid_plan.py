@@ -38,7 +38,7 @@ def rows(home): return script.read_rows(home/'results'/'toy.csv')
 
 
 def test_every_plan_that_comes_along_is_sound():
-    from dropclass.run.experiment import Config
+    from dropclass.run.config import Config
     for file in (ROOT/'benchmarks').glob('*/*.json'):
         plan = script.read_plan(str(file))
         assert len(plan['runs'])>=25 and len(set(plan['runs']))==len(plan['runs'])

@@ -134,7 +134,7 @@ def test_seeds_are_taken_together(command, tmp_path):
 
 def test_recipes_are_printed_in_full_and_can_be_changed(start, command, tmp_path):
     from dataclasses import fields
-    from dropclass.run.experiment import RECIPES, Config
+    from dropclass.run.config import RECIPES, Config
     code,out,err = finish(start('train', '--list-recipes'))
     assert (code, err)==(0, '') and [o.split()[1] for o in out.splitlines() if o.startswith('Recipe')]==list(RECIPES)
     for o in fields(Config): assert out.count(f'\n{o.name} ')==len(RECIPES)
@@ -190,7 +190,20 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('train', ['scenes', '--weights', 'medain'], "did you mean 'median'"),
     ('train', ['scenes', '--arch', 'smal', '--out', 'NEW', *TINY], "did you mean 'small'"),
     ('train', ['scenes', '--dropclass', 'alfa=3', '--out', 'NEW', *TINY], "did you mean 'alpha'"),
-    ('train', ['scenes', '--epochs', '0'], '`epochs` must be more than 0'),
+    ('train', ['scenes', '--dropclass', 'per_epoch=maybe', '--out', 'NEW'], "`per_epoch` must be yes or no, got 'maybe'"),
+    ('train', ['scenes', '--data-options', 'augment=often', '--out', 'NEW'], "`augment` must be yes or no, got 'often'"),
+    ('train', ['scenes', '--data-options', 'valid_bs=2.5', '--out', 'NEW'], "`valid_bs` must be a whole number or none, got '2.5'"),
+    ('train', ['scenes', '--loss', 'focal', '--loss-options', 'gamma=high', '--out', 'NEW'], "`gamma` must be a number, got 'high'"),
+    ('train', ['scenes', '--out', 'NEW', *TINY[:-1], 'n_train=8,n_valid=4,n=3'], 'Training gets 3 images, less than a batch of 4'),
+    ('train', ['scenes', '--method', 'no_drop', '--dropclass', 'drop_prob=.5', '--out', 'NEW'], '`drop_prob` would be ignored'),
+    ('train', ['scenes', '--method', 'no_drop', '--dropclass', 'alpha=5', '--out', 'NEW'], 'alpha would be ignored'),
+    ('train', ['scenes', '--temperature', '.1', '--out', 'NEW'], '`--temperature` is for `--sampling rare_class`'),
+    ('train', ['scenes', '--path', 'here', '--out', 'NEW'], 'scenes are generated'),
+    ('train', ['scenes', '--pretrained', '--out', 'NEW', *TINY], 'leave out `--pretrained` and `--weights-file`'),
+    ('train', ['camvid', '--path', 'NOWHERE', '--arch', 'timm:resnet19', '--out', 'NEW'], 'resnet19'), # Before the data are looked for
+    ('train', ['scenes', '--seed', str(2**64), '--out', 'NEW'], '`--seed` must be at most'),
+    ('train', ['scenes', '--threads', '100000', '--out', 'NEW'], '`--threads` must be at most 1024'),
+    ('train', ['scenes', '--epochs', '0'], '`--epochs` must be more than 0'),
     ('train', ['scenes', '--loss', 'foca', '--out', 'NEW'], "did you mean 'focal'"),
     ('train', ['scenes', '--loss', 'focal', '--loss-options', 'gama=2', '--out', 'NEW', *TINY], "must be one of 'gamma', 'alpha', got 'gama'"),
     ('train', ['scenes', '--weights', 'hrnet', '--out', 'NEW', *TINY], 'published for the 19 classes of Cityscapes'),
@@ -212,7 +225,7 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('compare', ['RUNS/plain', 'RUNS/dropclass', '--save', 'table.xls'], "'.csv'"),
     ('predict', ['RUNS/plain', 'NOWHERE.png', '--out', 'NEW'], 'NOWHERE.png'),
     ('predict', ['RUNS/plain', 'RUNS/plain/config.json', '--out', 'NEW'], 'Cannot read'),
-    ('predict', ['RUNS/plain', 'RUNS/plain/examples.png', '--out', 'NEW', '--path-of', 'drop'], "`path` must be one of 'plain'"),
+    ('predict', ['RUNS/plain', 'RUNS/plain/examples.png', '--out', 'NEW', '--path-of', 'drop'], "`--path-of` must be one of 'plain'"),
     ('demo', ['--size', 'big'], "got 'big'"),
 ])
 def test_errors_are_one_line_and_exit_code_2(runs, command, tmp_path, monkeypatch, name, args, says):
@@ -240,6 +253,35 @@ def test_a_diverged_run_is_an_error(command, tmp_path):
     assert not (tmp_path/'run'/'metrics.json').exists() and not (tmp_path/'run'/'weights.safetensors').exists()
     code,_,err = command('train', 'scenes', '--method', 'plain', '--lr', 'inf', '--out', tmp_path/'new', *TINY)
     assert code==2 and '`lr` must be a finite number' in err
+
+
+def test_no_means_no(command, tmp_path):
+    "An option that is switched off by whatever word trains what False trains, to the last digit, and True something else."
+    base = ['train', 'scenes', *TINY[:-2], '--epochs', '3', '--schedule', 'constant']
+    def loss(name, *args, data='n_train=16,n_valid=4'):
+        code,_,err = command(*base, *args, '--data-options', data, '--out', tmp_path/name)
+        assert code==0, err
+        return (tmp_path/name/'history.csv').read_text()
+    off = loss('a', '--dropclass', 'per_epoch=False')
+    assert [loss(o, '--dropclass', f'per_epoch={o}')==off for o in ('no', 'off', '0', 'yes')]==[True, True, True, False]
+    plain = loss('b', data='n_train=16,n_valid=4,augment=False')
+    assert [loss(f'{o}2', data=f'n_train=16,n_valid=4,augment={o}')==plain for o in ('no', 'on')]==[True, False]
+
+
+def test_options_of_the_data_can_be_listed(start):
+    "Every option of the data set that has a comment, with a kind, a default and an example that is read back."
+    import inspect
+    from dropclass.data.folder import folder_dls
+    from dropclass.data.core import make_dls
+    from dropclass.run.cli import typed_options
+    code,out,err = finish(start('train', 'folder', '--list-options'))
+    assert code==0, err
+    data = out.split('--paste')[0]
+    shown = {o.split('=')[0].strip(): o.split('=', 1)[1].split('  [')[0] for o in data.splitlines()[1:] if o.startswith('  ') and o[2]!=' '}
+    named = {o for f in (folder_dls, make_dls) for o in inspect.signature(f).parameters}
+    assert set(shown)<=named and {'masks', 'names', 'valid', 'label_map', 'crop', 'scale', 'flip', 'augment', 'valid_bs', 'fit'}<=set(shown)
+    for k,v in shown.items(): typed_options(dict(data='folder', data_options=f'{k}={v}'), {})
+    assert 'crop=192x256  [several values or none; default none]' in out and 'needed' in out
 
 
 def test_missing_arguments_exit_2(command):

@@ -21,7 +21,8 @@ from dropclass.data.core import SegmentationItems, pair_files, write_toy_folder
 from dropclass.stats import check_counts
 from dropclass.data.folder import folder_dls
 from dropclass.data.voc import voc_dls, write_toy_voc
-from dropclass.run.experiment import Config, config_hash, make_data, make_learner, train_run
+from dropclass.run.config import Config, config_hash
+from dropclass.run.experiment import make_data, make_learner, train_run
 from dropclass.metrics import class_iou, mean_iou
 
 SMALL = dict(data='scenes', epochs=1, bs=4, size=(32,48), threads=1, data_options=dict(n_train=8, n_valid=4))

@@ -28,7 +28,8 @@ from dropclass.rivals import FadeWeightsCallback
 from dropclass.analysis.ablations import ablated
 from dropclass.core import VOID, step_generator
 from dropclass.run.distributed import RankDL, over_ranks, split_dl
-from dropclass.run.experiment import Config, RunRecorder, load_run, train_run
+from dropclass.run.config import Config
+from dropclass.run.experiment import RunRecorder, load_run, train_run
 from dropclass.features import dropped_class, sample_keep_mask
 from dropclass.head import split_paths
 from dropclass.surgery import add_dropclass, get_head

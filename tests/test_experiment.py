@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 
 from dropclass.core import writing
-from dropclass.run.experiment import (Config, RunRecorder, config_hash, hold_folder, load_checkpoint, load_run, make_data, open_folder, random_states, read_config,
-                                      set_random_states, train_run)
+from dropclass.run.config import Config, config_hash, read_config
+from dropclass.run.experiment import RunRecorder, hold_folder, load_checkpoint, load_run, make_data, open_folder, random_states, set_random_states, train_run
 from fastai.callback.core import Callback
 
 TINY = Config(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=8, n_valid=4), threads=1)
@@ -109,7 +109,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
         import resource, signal, sys
         from dataclasses import replace
         from fastai.callback.core import Callback
-        from dropclass.run.experiment import Config, RunRecorder, train_run
+        from dropclass.run.config import Config
+        from dropclass.run.experiment import RunRecorder, train_run
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         class Fill(Callback):
             order,reads_pred = RunRecorder.order-1,False

@@ -34,7 +34,8 @@ from pathlib import Path
 HERE,ROOT = Path(__file__).resolve().parent,Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT)) # Where the package is not installed
 MODULES = ('core','features','importance','losses','fused','schedules','head','models','callback','baselines','data_core','data_camvid','data_sampling','metrics','experiment',
-           'rivals','surgery','fold','stats','paste','prior','data/core','data/sampling','analysis/ablations','run/experiment') # A folder has the old names or the new ones
+           'rivals','surgery','fold','stats','paste','prior','data/core','data/sampling','analysis/ablations','run/config',
+           'run/experiment') # A folder has the old names or the new ones
 OTHER_DATA = {'scenes':('data_scenes','ranks','data/scenes'), 'camvid':('data/camvid',), 'folder':('data/folder',)} # Beside MODULES
 KEPT = ('config.json','history.csv','metrics.json','confusion.json','prior.npz','context*.json','classifier.json')
 COLUMNS = ['plan','arm','seed','commit','code','config','finished','device','threads','torch','seconds','epochs','path','miou_plain','rare_plain','miou_drop','rare_drop','miou_mean','rare_mean','best_miou','still_rising','folder']
@@ -146,7 +147,8 @@ def train_one(plan, arm, seed, data, weights, out):
     from dropclass.analysis.context import colocation
     from dropclass.analysis.entanglement import classifier_weight
     from dropclass.core import write_json
-    from dropclass.run.experiment import Config, make_data, train_run
+    from dropclass.run.config import Config
+    from dropclass.run.experiment import make_data, train_run
     config = Config(**run_options(plan, arm, seed, data, weights))
     resume = (out/'checkpoint.pt').is_file()
     if not resume and out.is_dir(): shutil.rmtree(out)

@@ -9,7 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dropclass.run.experiment import Config, load_run, train_run
+from dropclass.run.config import Config
+from dropclass.run.experiment import load_run, train_run
 from dropclass.metrics import confused_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'camvid'))

@@ -319,7 +319,7 @@ def group_arms(
     runs, # Several `RunFiles`
 ) -> list: # Per arm a dict of seed -> `RunFiles`, in the order of the runs
     "Take runs together that differ only in the seed."
-    from dropclass.run.experiment import without_folder
+    from dropclass.run.config import without_folder
     arms = {}
     for run in runs:
         config = {**_LATER, **run.config, 'data_options':without_folder(run.config.get('data_options', {}), run.config.get('path'))} # Data may lie elsewhere
@@ -573,7 +573,8 @@ def _network(model, spec, size, path, device=None):
     "The network in evaluation mode, its classes, and how it is shown images."
     from dropclass.core import check_choice, check_device
     from dropclass.surgery import get_head
-    from dropclass.run.experiment import ON_CANVAS, load_run
+    from dropclass.run.config import ON_CANVAS
+    from dropclass.run.experiment import load_run
     show = dict(size=size)
     if isinstance(model, (str,Path)): model = load_run(read_run(model).folder)
     if hasattr(model, 'load_model'):

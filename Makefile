@@ -40,10 +40,11 @@ test-full: $(STAMP) ## the same with the cells and tests marked slow (and cuda, 
 	$(NOTEBOOKS) | $(TEST_ENV) xargs -n 1 -P $(WORKERS) nbdev-test --timing --flags "$$flags"
 	$(TEST_ENV) python -m pytest -q -m ''
 
-check: $(STAMP) ## only whether package, README, notebooks and site fit each other (seconds)
-	$(TEST_ENV) python -m pytest -q tests/test_package.py tests/test_site.py
+check: $(STAMP) ## only whether imports, lines, package, README, notebooks and site fit each other (a minute)
+	$(TEST_ENV) python -m pytest -q tests/test_house.py tests/test_package.py tests/test_site.py
 
 nbs: $(STAMP) ## write dropclass/ from the notebooks and clean them
+	$(BIN)/python .ci/repo_url.py
 	$(RUN_ENV) nbdev-export
 	$(RUN_ENV) nbdev-clean
 

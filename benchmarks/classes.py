@@ -10,7 +10,7 @@ from fastcore.script import call_parse
 from statistics import median
 
 from common import TIMES, keep_mask, make_base, make_batch, make_steps, measure, parse_size, setting, show, summary, timed, write_csv
-from dropclass.head import add_dropclass
+from dropclass.surgery import add_dropclass
 
 
 def outside_step(arch, classes, x, channels_last=True):

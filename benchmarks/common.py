@@ -36,7 +36,8 @@ from torch.nn import functional as F
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID
 from dropclass.fused import resize_dropclass_loss
-from dropclass.head import add_dropclass, compensation_block, find_classifier, split_paths
+from dropclass.head import compensation_block, split_paths
+from dropclass.surgery import add_dropclass, find_classifier
 from dropclass.losses import dropclass_loss
 from dropclass.models import create_model
 
@@ -94,10 +95,9 @@ def keep_mask(classes):
 def fused(model, classes):
     "The loss of a loop with the head, from the small logits."
     head,mask = add_dropclass(model, classes),keep_mask(classes)
-    head.small_only = True
     def loss_of(model, x, y):
-        with head.dropping(mask, LAM): model(x)
-        (logits,drop_logits),head.small = head.small,None
+        with head.dropping(mask, LAM, small_only=True) as step: model(x)
+        logits,drop_logits = step.small
         return resize_dropclass_loss(logits, drop_logits, y, DROPPED, LAM, ALPHA)[0]
     return loss_of
 
@@ -163,14 +163,14 @@ def sgd(params, lr=1e-3): return SGD(params, lr=lr, mom=.9)
 
 def only_class(classes): return [o for o in range(classes) if o!=DROPPED]
 
-def build_step(name, base, classes, x, y, **cb_options):
+def build_step(name, base, classes, x, y, callback=DropClassCallback, **cb_options):
     "The step of one variant."
     model = copy.deepcopy(base)
     loops = {'plain':lambda m: plain, 'plain again':lambda m: plain, 'plain, Flat':lambda m: flat(), 'dropclass':lambda m: fused(m, classes),
              'dropclass, stacked':lambda m: stacked(m, classes), "authors' formula":lambda m: authors_formula(m, classes), 'Grad-CAM':lambda m: gradcam(m, classes)}
     if name in loops: return looped(model, loops[name](model), x, y)
     if name=='plain, Learner': return in_learner(model, x, y)
-    return in_learner(model, x, y, DropClassCallback(**{**dict(lam=LAM, drop_prob=1., never_drop=only_class(classes)), **cb_options}))
+    return in_learner(model, x, y, callback(**{**dict(lam=LAM, drop_prob=1., never_drop=only_class(classes)), **cb_options}))
 
 VARIANTS = ('plain', 'plain again', 'plain, Flat', 'plain, Learner', 'dropclass', 'dropclass, Learner', 'dropclass, stacked', "authors' formula", 'Grad-CAM')
 

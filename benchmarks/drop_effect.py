@@ -43,7 +43,7 @@ def main():
         erased = args.out/'erased'/f'{folder.name}-{args.erase}.json'
         if args.erase and not (known and erased.is_file()):
             erased.parent.mkdir(exist_ok=True)
-            found = colocation(run, fill=args.erase, path='drop', label=folder.name)
+            found = colocation(run.subject('drop'), fill=args.erase, label=folder.name)
             found.save(erased)
             print(f"{folder.name}: erased by {args.erase}, mean fall {100*found.fall('same').nanmean():+.2f}", flush=True)
 

@@ -15,12 +15,13 @@ import pandas as pd
 import torch
 
 from dropclass.analysis.bias import bias_scores, pair_confusions, proxy_values, rank_agreement, worst_confusions
-from dropclass.analysis.context import colocation, erase, image_counts, image_stats, iter_batches, make_fill, open_data, open_model, robustness_table
+from dropclass.analysis.context import colocation, erase, image_counts, image_stats, make_fill, robustness_table
+from dropclass.analysis.subjects import iter_batches, open_data, open_model
 from dropclass.analysis.entanglement import MEASURES, entanglement, entanglement_table
 from dropclass.analysis.figures import differences, plot_differences, plot_grad_cam
 from dropclass.run.compare import comparison
-from dropclass.core import eval_mode
-from dropclass.run.experiment import load_run, write_json
+from dropclass.core import eval_mode, write_json
+from dropclass.run.experiment import load_run
 
 
 def naive_colocation(model, data, spec):
@@ -114,7 +115,7 @@ def main():
     if scenes:
         ranks = {}
         for l,run,co in zip(labels, runs, contexts):
-            scores = bias_scores(run)
+            scores = bias_scores(run.confusion('valid'), run.confusion('unbiased'), spec)
             scores.to_csv(args.out/f'bias_{l}.csv')
             values = proxy_values(co, scores)
             values.to_csv(args.out/f'proxy_{l}.csv')

@@ -21,7 +21,9 @@ import torch
 from fastcore.script import call_parse
 from torch.utils.flop_counter import FlopCounterMode
 
-from dropclass.head import add_dropclass, fold_dropclass
+from dropclass.surgery import add_dropclass
+
+from dropclass.fold import fold_dropclass
 from dropclass.models import create_model
 
 PAPER = 'hrnet_v1_w18,hrnet_v2_w18,deeplabv3_mobilenetv3'

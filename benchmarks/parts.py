@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from common import ALPHA, DROPPED, LAM, PAPER, batch_size, make_base, make_batch, make_steps, measure, parse_size, setting, show, write_csv
 from dropclass.core import VOID
 from dropclass.fused import resize_dropclass_loss
-from dropclass.head import add_dropclass
+from dropclass.surgery import add_dropclass
 
 
 def make_parts(arch, classes, x, y):
@@ -25,7 +25,6 @@ def make_parts(arch, classes, x, y):
     model,seen = make_base(arch, classes, x.device, True).train(),[]
     head = add_dropclass(model, classes)
     handle = head.register_forward_hook(lambda m,args,out: seen.append((args[0].detach(), out.detach())))
-    head.quiet = True
     with torch.no_grad(): model(x)
     handle.remove()
     (features,logits),(mix,norm,act) = seen[0],head.compensation

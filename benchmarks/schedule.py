@@ -3,12 +3,11 @@
     python benchmarks/schedule.py --threads 2 --csv results/schedule.csv
 
 every step            both paths in each step; a path of weight 0 is skipped
-paths='sample'        each step takes one path by chance: the plain one with probability 1 - lambda
-authors' epochs       schedules that rise once per epoch (`per_epoch=True`), so that the first epoch is plain training; 10 epochs
+paths='sample'        `SampledPaths`: each step takes one path by chance, the plain one with probability 1 - lambda
+authors' epochs       schedules that rise once per epoch (`PerEpoch`), so that the first epoch is plain training; 10 epochs
 
 The ratio of each variant is that of its mean step to the mean plain step.
 """
-from inspect import signature
 from statistics import mean
 
 import torch
@@ -16,7 +15,7 @@ from fastai.callback.schedule import SchedLin
 from fastcore.script import call_parse
 
 from common import build_step, make_base, make_batch, measure, parse_size, setting, show, write_csv
-from dropclass.callback import DropClassCallback
+from dropclass.analysis.ablations import SampledPaths
 
 
 def make_variants(base, classes, x, y):
@@ -25,8 +24,7 @@ def make_variants(base, classes, x, y):
     one = lambda **options: build_step('dropclass, Learner', base, classes, x, y, **options)
     plain = build_step('plain', base, classes, x, y)
     variants = {'plain':plain, 'every step':one(**ramp), "authors' epochs":one(**{**ramp, 'lam':tenths, 'drop_prob':tenths})}
-    if 'paths' in signature(DropClassCallback).parameters: variants["paths='sample'"] = one(**ramp, paths='sample')
-    return variants
+    return {**variants, "paths='sample'":one(**ramp, callback=SampledPaths)}
 
 
 @call_parse

@@ -3,11 +3,38 @@
 __version__ = "0.1.0"
 
 import sys
-from importlib import metadata
+from importlib import import_module, metadata
+
+# What a user needs, by the module that holds it. A name is imported when it is first asked for, so that this module stays light
+_OFFERS = dict(
+    core='ClassSpec step_generator',
+    features='sample_keep_mask',
+    losses='dropclass_loss',
+    head='add_dropclass get_head remove_dropclass fold_dropclass split_paths',
+    models='create_model',
+    metrics='evaluate',
+    callback='DropClassCallback',
+    rivals='FadeWeightsCallback',
+    paste='ClassPasteCallback paste_classes',
+    prior='tune_prior shift_classes unshift_classes',
+    **{'analysis.audit':'audit', 'run.experiment':'Config train_run load_run'})
+NAMES = {name: module for module,names in _OFFERS.items() for name in names.split()}
+__all__ = ['__version__', *NAMES]
+
+
+def __getattr__(name):
+    "Import a name from its module, once (PEP 562)."
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+    value = globals()[name] = getattr(import_module(f'{__name__}.{NAMES[name]}'), name)
+    return value
+
+
+def __dir__(): return sorted({*globals(), *__all__})
 
 
 def _same_build(torch_version, vision_version, vision_requires):
-    "Whether the metadata of the torch and torchvision wheels agree: same build tag, and the torch that torchvision asks for."
+    "Do the metadata of the two wheels agree: the same build tag, and the torch that torchvision asks for?"
     from packaging.requirements import Requirement
     if torch_version.partition('+')[2] != vision_version.partition('+')[2]: return False
     wanted = [Requirement(o) for o in vision_requires or []]
@@ -15,7 +42,7 @@ def _same_build(torch_version, vision_version, vision_requires):
 
 
 def _check_torchvision():
-    "Explain in one sentence a torch and a torchvision that do not fit; importing torchvision (1.4 s) only where the metadata disagree."
+    "Say in one sentence that torch and torchvision do not fit; import torchvision (1.4 s) only where the metadata disagree."
     if 'torchvision' in sys.modules: return
     versions = {}
     try:
@@ -27,8 +54,10 @@ def _check_torchvision():
     except RuntimeError as e:
         if 'torchvision::' not in str(e): raise
         torch_version,vision_version = (versions.get(o, 'of unknown version') for o in ('torch', 'torchvision'))
-        raise ImportError(f"torch {torch_version} and torchvision {vision_version} are from two different builds ({e}): install both "
-            "together from one index with `pip install --force-reinstall torch torchvision`, adding the same `--index-url` for a CPU-only build") from e
+        raise ImportError(
+            f"torch {torch_version} and torchvision {vision_version} are from two different builds ({e}): "
+            "install both together from one index with `pip install --force-reinstall torch torchvision`, "
+            "adding the same `--index-url` for a CPU-only build") from e
 
 
 _check_torchvision()

@@ -13,13 +13,12 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastai.callback.core import Callback
-from fastai.callback.schedule import SchedLin
 from fastai.learner import CastToTensor
 from .core import VOID, ClassSpec, check_choice, step_generator
 from .features import dropped_class, sample_keep_mask
 from .losses import cross_entropy_options, get_ignore_index, loss_input, masked_target, pixel_loss, plain_tensor, strip_weights
 from .ranks import pixel_shares
-from .schedules import as_schedule, global_step, schedule_value
+from .schedules import Ramp, as_schedule, global_step, schedule_value
 
 # %% ../nbs/33_rivals.ipynb #3fd12e8a
 CITYSCAPES_TRAIN_CLASSES = ('road','sidewalk','building','wall','fence','pole','traffic light','traffic sign','vegetation','terrain',
@@ -147,7 +146,7 @@ class IgnoreLabelCallback(Callback):
     "Hide the labels of one random class in each training step: the paper's Table 6, without DropClass."
     order = CastToTensor.order-4 # As `DropClassCallback`
     def __init__(self,
-        drop_prob=SchedLin(0, 1), # Probability that a class is hidden in a step: an annealer, any callable [0,1] -> [0,1], or a number
+        drop_prob=Ramp(), # Probability that a class is hidden in a step: an annealer, any callable [0,1] -> [0,1], or a number
         per_epoch:bool=False, # Raise the probability once per epoch instead of every step?
         seed:int=0, # Seed of the drawn classes
     ): self.drop_prob,self.per_epoch,self.seed,self.ignored = as_schedule(drop_prob, 'drop_prob'),per_epoch,seed,[]
@@ -182,7 +181,7 @@ class FadeWeightsCallback(Callback):
     "Let the class weights of a cross-entropy fade out over training: the control for DropClass's, which do so too."
     order = CastToTensor.order-4 # As `DropClassCallback`
     def __init__(self,
-        lam=SchedLin(0, 1), # Share of the loss without weights: an annealer, any callable [0,1] -> [0,1], or a number
+        lam=Ramp(), # Share of the loss without weights: an annealer, any callable [0,1] -> [0,1], or a number
         per_epoch:bool=False, # Raise it once per epoch instead of every step?
     ): self.lam,self.per_epoch,self.lams = as_schedule(lam, 'lam'),per_epoch,[]
 

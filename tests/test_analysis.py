@@ -14,14 +14,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from dropclass.analysis.bias import bias_scores, pair_confusions, proxy_values, rank_agreement, worst_confusions
-from dropclass.analysis.context import (HARBOUR, PIXELS, as_spec, colocation, erase, harbour, image_stats, load_colocation,
-                                        make_fill, open_model, robustness_table, vulnerable_classes)
+from dropclass.analysis.context import (HARBOUR, PIXELS, colocation, erase, harbour, image_stats, load_colocation, make_fill,
+                                        robustness_table, vulnerable_classes)
 from dropclass.analysis.drop import compare_removals, drop_effect, load_drop_effect
 from dropclass.analysis.entanglement import MEASURES, cosine_matrix, entanglement, entanglement_table, row_sums
 from dropclass.analysis.paper import paper_checks, paper_data, paper_table
+from dropclass.analysis.subjects import as_spec
 from dropclass.core import VOID
-from dropclass.head import add_dropclass
+from dropclass.surgery import add_dropclass
 from dropclass.metrics import class_iou, evaluate
+from dropclass.run.experiment import Config, load_run, train_run
 from dropclass.testing import ToyNet, toy_batch, toy_learner
 
 root = Path(__file__).parents[1]
@@ -57,7 +59,8 @@ def test_tables_are_shipped(tmp_path):
     for o in ('setup.py','settings.ini','pyproject.toml','README.md','LICENSE'): shutil.copy(root/o, tmp_path)
     shutil.copytree(root/'dropclass', tmp_path/'dropclass', ignore=shutil.ignore_patterns('__pycache__'))
     subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', 'out'], cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path/'out/dropclass/paper_tables.json').read_bytes()==(root/'dropclass/paper_tables.json').read_bytes()
+    file = 'dropclass/analysis/paper_tables.json'
+    assert (tmp_path/'out'/file).read_bytes()==(root/file).read_bytes()
 
 # ---- erased context
 
@@ -376,7 +379,6 @@ def test_confusions_sum_up():
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "Two tiny runs on scenes."
-    from dropclass.run.experiment import Config, train_run
     folder,common = tmp_path_factory.mktemp('runs'),dict(data='scenes', arch='small', epochs=1, bs=4, size=(32,48), data_options=dict(n_train=8, n_valid=6))
     for method in ('plain','dropclass'): train_run(Config(method=method, **common), folder/method, progress=False, write=lambda o: None)
     return folder
@@ -392,7 +394,7 @@ def test_drop_effect_of_a_run(runs, tmp_path):
     assert torch.equal(found.confusion, drop_counts(runs/'dropclass')) and found.images==6
     assert torch.equal(found.dropped.sum(2), found.confusion.sum(1).expand(15, 15))
     assert json.loads((tmp_path/'dropclass.json').read_text())['config']==json.loads((runs/'dropclass'/'config.json').read_text())['hash']
-    with pytest.raises(ValueError, match='plain has no DropClassHead'): drop_effect(runs/'plain')
+    with pytest.raises(ValueError, match='plain has no DropClassHead'): drop_effect(load_run(runs/'plain'))
     for lines in (1, 0): assert subprocess.run([*command, '--erase', 'mean'], check=True, capture_output=True, text=True).stdout.count('erased by mean')==lines
     assert len(compare_removals(found, load_colocation(tmp_path/'erased'/'dropclass-mean.json')))>20
 
@@ -408,42 +410,42 @@ def test_stored_drop_effects_belong_to_their_runs(name, kept):
         assert (a-b).abs().sum()<1e-4*b.sum(), file.name
 
 def test_analyses_of_run_folders(runs):
-    base,other = (colocation(runs/o, max_images=4) for o in ('plain','dropclass'))
+    plain,dropclass = (load_run(runs/o) for o in ('plain','dropclass'))
+    base,other = (colocation(o, max_images=4) for o in (plain, dropclass))
     df = robustness_table(base, other)
     assert df.attrs['labels']==['plain','dropclass'] and df.loc['mIoU', ('plain','I*')]>=0
-    full = colocation(str(runs/'plain'))
+    full = colocation(plain)
     assert full.passes==full.images+int(full.presence.sum())
-    scores = bias_scores(runs/'plain')
+    scores = bias_scores(plain.confusion('valid'), plain.confusion('unbiased'), plain.spec)
     assert len(scores)==15 and len(proxy_values(full, scores))>=3
-    table = entanglement_table(entanglement(runs/'plain'), entanglement(runs/'dropclass'))
+    table = entanglement_table(entanglement(plain), entanglement(dropclass))
     assert len(table)==16
-    pixels = entanglement(runs/'plain').table().pixels
+    pixels = entanglement(plain).table().pixels
     assert pixels[:-1].is_monotonic_increasing and pixels[:-1].sum()==pytest.approx(100)
 
 def test_counts_are_those_of_the_run(runs):
-    from dropclass.run.experiment import load_run
     run = load_run(runs/'dropclass')
     for path in ('plain','drop'):
         for test in ('valid','unbiased'):
-            assert torch.equal(colocation(run, test=test, path=path, fill=0.).confusion, run.confusion(test, path))
+            assert torch.equal(colocation(run.subject(path), test=test, fill=0.).confusion, run.confusion(test, path))
 
 def test_wrong_run_folders(runs, tmp_path):
-    with pytest.raises(FileNotFoundError, match='no run'): open_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match='no run'): load_run(tmp_path)
     half = tmp_path/'half'
     shutil.copytree(runs/'plain', half)
     (half/'metrics.json').unlink()
-    with pytest.raises(FileNotFoundError, match='not finished'): colocation(half)
+    with pytest.raises(FileNotFoundError, match='not finished'): load_run(half)
     newer = tmp_path/'newer'
     shutil.copytree(runs/'plain', newer)
     config = json.loads((newer/'config.json').read_text())
     (newer/'config.json').write_text(json.dumps({**config, 'format':2}))
-    with pytest.raises(ValueError, match='reads format 1'): entanglement(newer)
+    with pytest.raises(ValueError, match='reads format 1'): load_run(newer)
     moved = tmp_path/'moved' # Trained on other classes than its configuration builds now
     shutil.copytree(runs/'plain', moved)
     metrics = json.loads((moved/'metrics.json').read_text())
     metrics['classes'][0] = 'lane'
     (moved/'metrics.json').write_text(json.dumps(metrics))
-    with pytest.raises(ValueError, match='was trained on the classes lane'): colocation(moved)
-    with pytest.raises(ValueError, match="must be one of 'plain', got 'drop'"): colocation(runs/'plain', path='drop')
+    with pytest.raises(ValueError, match='was trained on the classes lane'): colocation(load_run(moved))
+    with pytest.raises(ValueError, match="must be one of 'plain', got 'drop'"): load_run(runs/'plain').subject('drop')
     with pytest.raises(ValueError, match='not measured on the same images'):
-        robustness_table(colocation(runs/'plain', max_images=2), colocation(runs/'dropclass', max_images=3))
+        robustness_table(*(colocation(load_run(runs/o), max_images=n) for o,n in (('plain', 2), ('dropclass', 3))))

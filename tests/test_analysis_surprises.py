@@ -12,15 +12,17 @@ from torch.nn import functional as F
 from torch.nn.utils import weight_norm
 from torch.utils.data import DataLoader, IterableDataset, SubsetRandomSampler, TensorDataset
 
-import dropclass.analysis.context
-from dropclass.analysis.context import colocation, inpaint, open_model, robustness_table
+import dropclass.run.experiment
+from dropclass.analysis.context import colocation, inpaint, robustness_table
 from dropclass.analysis.entanglement import classifier_weight, entanglement
 from dropclass.analysis.figures import cam_layer, grad_cam, take_images
 from dropclass.analysis.audit import audit, erased_example, measure_network
+from dropclass.analysis.subjects import open_model
 from dropclass.run.compare import difference_text
+from dropclass.run.experiment import Config, Run
 from dropclass.core import VOID, ClassSpec
 from dropclass.stats import image_class_counts
-from dropclass.head import add_dropclass
+from dropclass.surgery import add_dropclass
 from dropclass.testing import ToyNet, toy_batch
 from dropclass.analysis.widgets import drop_explorer
 
@@ -123,10 +125,6 @@ def test_guessed_classes_are_counted_where_they_count(batch):
     assert mean['classes']==len(rows) and abs(mean['iou'][0]-sum(rows)/len(rows))<1e-6
 
 
-def test_a_path_is_for_runs(batch):
-    with pytest.raises(ValueError, match='chooses a path of a run folder'): audit(ToyNet(), [batch], 4, path='drop', progress=False)
-
-
 def test_pictures_of_a_report_with_blanks_in_its_name(batch, tmp_path):
     audit(ToyNet(), [batch], 4, progress=False).report(tmp_path/'my audit (v2).md')
     links = [o.split(')')[0] for o in (tmp_path/'my audit (v2).md').read_text().split('![](')[1:]]
@@ -198,10 +196,10 @@ def test_learners_that_ignore_a_class_say_what_to_pass():
 
 def test_networks_of_runs_go_to_the_device(monkeypatch, tmp_path):
     "There may be no GPU here, so the meta device stands for one."
-    class Saved: # What `load_run` gives
-        folder,spec = tmp_path/'run',ClassSpec(['road','car','sky','tree'])
+    class Saved(Run): # What `load_run` gives
+        folder,spec,config,metrics = tmp_path/'run',ClassSpec(['road','car','sky','tree']),Config(),dict(pixel_counts=[1]*4)
+        def __init__(self): pass
         def load_model(self): return ToyNet()
-    where = lambda o: next(o.model.parameters()).device.type
-    assert where(open_model(Saved(), device='meta'))=='meta' and where(open_model(Saved(), device='cpu'))=='cpu'
-    monkeypatch.setattr(dropclass.analysis.context, 'default_device', lambda: 'meta')
-    assert where(open_model(Saved()))=='meta'
+    assert [Saved().subject(device=o).device.type for o in ('meta', 'cpu')]==['meta', 'cpu']
+    monkeypatch.setattr(dropclass.run.experiment, 'default_device', lambda: 'meta')
+    assert open_model(Saved()).device.type=='meta'

@@ -14,11 +14,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dropclass.analysis.context import HARBOUR, harbour, train_harbour
-from dropclass.analysis.audit import (RULES, audit, audit_advice, audit_files, build_network, class_advice, fit_names, load_network, open_images, pair_advice, picture_files)
+from dropclass.analysis.audit import RULES, audit, audit_advice, class_advice, pair_advice, picture_files
+from dropclass.analysis.subjects import build_network, fit_names, load_network, open_images
 from dropclass.core import VOID, ClassSpec
-from dropclass.head import add_dropclass
+from dropclass.surgery import add_dropclass
 from dropclass.metrics import class_iou, evaluate, mean_iou
 from dropclass.models import SmallSegNet
+from dropclass.run.audit import audit_files
+from dropclass.run.experiment import Config, load_run, train_run
 from dropclass.testing import ToyNet, toy_batch, toy_learner
 
 chromium = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
@@ -43,7 +46,6 @@ def two(batches): return audit(net(), batches, HARBOUR, other=net(seed=1), label
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "Two tiny runs on scenes."
-    from dropclass.run.experiment import Config, train_run
     folder,common = tmp_path_factory.mktemp('runs'),dict(data='scenes', arch='small', epochs=1, bs=4, size=(32,48), data_options=dict(n_train=8, n_valid=6))
     for method in ('plain','dropclass'): train_run(Config(method=method, **common), folder/method, progress=False, write=lambda o: None)
     return folder
@@ -185,11 +187,10 @@ def test_learner_with_both_paths():
     assert 'DropClass head, answers by the drop path' in audit(learn, progress=False).networks[0].about
 
 def test_run_folders(runs, tmp_path):
-    found = audit(runs/'plain', other=runs/'dropclass', progress=False)
+    found = audit(load_run(runs/'plain'), other=load_run(runs/'dropclass'), progress=False)
     assert [o.label for o in found.networks]==['plain','dropclass'] and found.counts_are=='the training set'
     assert 'run dropclass (dropclass, 1 epochs on scenes)' in found.report(tmp_path/'r.md')[0].read_text()
-    unbiased = audit(runs/'plain', test='unbiased', progress=False)
-    from dropclass.run.experiment import load_run
+    unbiased = audit(load_run(runs/'plain'), test='unbiased', progress=False)
     assert torch.equal(unbiased.context.confusion, load_run(runs/'plain').confusion('unbiased'))
 
 def test_torch_dataloader_and_dict_output():
@@ -281,15 +282,15 @@ def test_bad_run_folders(runs, tmp_path):
     half,newer,moved = (tmp_path/o for o in ('half','newer','moved'))
     for o in (half, newer, moved): shutil.copytree(runs/'plain', o)
     (half/'metrics.json').unlink()
-    with pytest.raises(FileNotFoundError, match='not finished'): audit(half)
+    with pytest.raises(FileNotFoundError, match='not finished'): audit_files([half])
     config = json.loads((newer/'config.json').read_text())
     (newer/'config.json').write_text(json.dumps({**config, 'format':2}))
-    with pytest.raises(ValueError, match='reads format 1'): audit(newer)
+    with pytest.raises(ValueError, match='reads format 1'): audit_files([newer])
     metrics = json.loads((moved/'metrics.json').read_text())
     metrics['classes'][0] = 'lane'
     (moved/'metrics.json').write_text(json.dumps(metrics))
-    with pytest.raises(ValueError, match='was trained on the classes lane'): audit(moved)
-    with pytest.raises(FileNotFoundError): audit(tmp_path/'nothing')
+    with pytest.raises(ValueError, match='was trained on the classes lane'): audit_files([moved])
+    with pytest.raises(FileNotFoundError): audit_files([tmp_path/'nothing'])
 
 def test_no_linear_classifier(batches, tmp_path):
     class Distances(nn.Module):
@@ -326,7 +327,6 @@ def test_prefixes(prefix):
 
 def test_dropclass_weights(runs, tmp_path):
     "A run's weights file brings its head."
-    from dropclass.run.experiment import load_run
     run = load_run(runs/'dropclass')
     model,x = load_network(runs/'dropclass'/'weights.safetensors', 'small', 15),torch.randn(2, 3, 32, 48)
     assert torch.equal(model(x), run.load_model()(x))
@@ -346,7 +346,6 @@ def test_folders(tmp_path):
 def test_images_of_a_folder_are_shown_as_the_run_was_trained(tmp_path):
     "A run on other images of the same kind: its own size, unless another is given."
     from dropclass.data.camvid import write_toy_camvid
-    from dropclass.run.experiment import Config, train_run
     data = write_toy_camvid(tmp_path/'camvid')
     run = train_run(Config(data='camvid', path=str(data), method='plain', arch='small', epochs=1, bs=2, size=(48,64)), tmp_path/'run', progress=False, write=lambda o: None)
     own,other,given = (audit_files([run.folder], progress=False, **o) for o in ({}, {'data':data}, {'data':data, 'size':(96,128)}))

@@ -232,16 +232,24 @@ def _script(name):
     return path
 
 
+def test_a_diverged_run_is_an_error(command, tmp_path):
+    "The learning rate is far too large from the second epoch on: the first one is kept, and nothing says that the run is finished."
+    wild = ['--schedule', 'onecycle', '--lr', '1e30', '--epochs', '40']
+    code,out,err = command('train', 'scenes', '--method', 'plain', *wild, '--out', tmp_path/'run', *TINY)
+    assert code==1 and err.startswith('Error: Training diverged in epoch') and 'learning rate' in err and len(err.splitlines())==1, err
+    assert not (tmp_path/'run'/'metrics.json').exists() and not (tmp_path/'run'/'weights.safetensors').exists()
+    code,_,err = command('train', 'scenes', '--method', 'plain', '--lr', 'inf', '--out', tmp_path/'new', *TINY)
+    assert code==2 and '`lr` must be a finite number' in err
+
+
 def test_missing_arguments_exit_2(command):
     for name,args in (('compare', []), ('predict', ['x']), ('train', ['--nonsense'])): assert command(name, *args)[0]==2
 
 
 def test_interrupted_before_the_first_epoch_leaves_nothing(command, tmp_path, monkeypatch):
-    import dropclass.run.experiment as experiment
-    def interrupted(config, out, *args, **kwargs):
-        experiment.open_folder(out, config)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(experiment, 'train_run', interrupted)
+    from dropclass.run.experiment import RunRecorder
+    def interrupted(self): raise KeyboardInterrupt
+    monkeypatch.setattr(RunRecorder, 'before_fit', interrupted)
     code,_,err = command('train', 'scenes', '--out', tmp_path/'run', *TINY)
     assert code==130 and 'No epoch was finished' in err and not (tmp_path/'run').exists()
 

@@ -11,7 +11,8 @@ from fastai.callback.core import Callback
 from PIL import Image
 from torch import nn
 
-from dropclass.analysis.audit import _head_options, audit_files, load_network
+from dropclass.analysis.subjects import head_options, load_network
+from dropclass.run.audit import audit_files
 from dropclass.run.cli import default_folder, make_config
 from dropclass.run.compare import comparison, describe_arms, describe_comparison, compare_arms, group_arms, predict_images, predict_mask, read_run
 from dropclass.core import ClassSpec
@@ -170,7 +171,7 @@ def test_another_programs_configuration(tmp_path):
     "A config.json beside weights need not be ours."
     (tmp_path/'config.json').write_text('{"architecture": "x"}')
     (tmp_path/'model.pth').touch()
-    with pytest.warns(UserWarning, match='default options'): assert _head_options(tmp_path/'model.pth')=={}
+    with pytest.warns(UserWarning, match='default options'): assert head_options(tmp_path/'model.pth')=={}
 
 
 def test_a_run_that_fails_at_once_leaves_nothing(tmp_path, monkeypatch):

@@ -25,12 +25,14 @@ from functools import partial
 from safetensors.torch import load_file
 
 from dropclass.rivals import FadeWeightsCallback
-from dropclass.callback import DropClassCallback
+from dropclass.analysis.ablations import ablated
 from dropclass.core import VOID, step_generator
 from dropclass.run.distributed import RankDL, over_ranks, split_dl
 from dropclass.run.experiment import Config, RunRecorder, load_run, train_run
 from dropclass.features import dropped_class, sample_keep_mask
-from dropclass.head import add_dropclass, fold_dropclass, get_head, split_paths
+from dropclass.head import split_paths
+from dropclass.surgery import add_dropclass, get_head
+from dropclass.fold import fold_dropclass
 from dropclass.losses import dropclass_loss
 from dropclass.metrics import evaluate, segmentation_metrics
 from dropclass.ranks import is_first, joined, num_ranks, pixel_shares, shared_weights
@@ -74,6 +76,7 @@ def on_ranks(job, world, folder, timeout=100):
 
 class FrozenNorms(Callback):
     "Keeps every BatchNorm in evaluation mode."
+    reads_pred = False # So that the variants below take the route that they name
     def before_train(self): self.freeze(self.model)
     @staticmethod
     def freeze(model):
@@ -95,6 +98,12 @@ VARIANTS = {'fused':dict(), 'stacked':dict(fused=False), 'lam 0':dict(lam=0., dr
             'weights in Eq. (6)':dict(masked_weights=True), 'weights in Eq. (6), stacked':dict(masked_weights=True, fused=False), 'weights that fade':None, 'weights that fade, a rank of void':None, 'plain':None, 'plain, a rank of void':None, 'a rank of void':dict(), "fastai's context":dict(), "fastai's context, weights that fade":None}
 
 
+def drop_class(options):
+    "The callback, or the ablation that the options name."
+    cls,options = ablated(options)
+    return cls(**options)
+
+
 def training_context(variant, learn):
     "fastai's own or ours; fastai's sends the indices through a GPU, which is not there."
     if not variant.startswith("fastai's context") or num_ranks()==1: return over_ranks(learn, sync_bn=False)
@@ -113,7 +122,7 @@ def five_steps(variant, ranks=1):
     torch.manual_seed(0)
     model = ToyNet().double()
     options = VARIANTS[variant]
-    cbs = [FrozenNorms(), *([FadeWeightsCallback()] if 'fade' in variant else []), *([] if options is None else [DropClassCallback(**{'drop_prob':1., **options})])]
+    cbs = [FrozenNorms(), *([FadeWeightsCallback()] if 'fade' in variant else []), *([] if options is None else [drop_class({'drop_prob':1., **options})])]
     loss = nn.CrossEntropyLoss(weight=torch.tensor([.5, 1., 2., 3.]).double(), ignore_index=VOID)
     learn = Learner(dls, model, loss, lr=.05, opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)), cbs=cbs)
     learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
@@ -249,7 +258,7 @@ def test_every_image_counts_once(tmp_path):
 
 class PowerCut(Callback):
     "Ends a fit in the middle of an epoch."
-    order = RunRecorder.order+5
+    order,reads_pred = RunRecorder.order+5,False
     def before_batch(self):
         if self.training and self.epoch==2 and self.iter==1: raise RuntimeError('power cut')
 
@@ -322,7 +331,7 @@ LAUNCHERS = {'torchrun':['torch.distributed.run', '--standalone', '--local-addr'
 def test_launchers_start_dropclass_train(tmp_path, launcher):
     out,(module,*options) = tmp_path/'run',LAUNCHERS[launcher]
     if launcher=='accelerate': options += ['--main_process_port', str(free_port())]
-    command = ['dropclass.run.distributed', 'scenes', '--epochs', '2', '--bs', '4', '--size', '32x48', '--data-options', 'n_train=20,n_valid=5', '--threads', '1', '--out', str(out)]
+    command = ['dropclass.run.cli', 'scenes', '--epochs', '2', '--bs', '4', '--size', '32x48', '--data-options', 'n_train=20,n_valid=5', '--threads', '1', '--out', str(out)]
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'GLOO_SOCKET_IFNAME':'lo'}
     res = subprocess.run([sys.executable, '-m', module, *options, '-m', *command], env=env, text=True, capture_output=True, timeout=120)
     assert res.returncode==0, res.stderr

@@ -1,9 +1,13 @@
 "Run folders: what a notebook cannot show, in processes of their own."
 import json
+import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 import types
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,7 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dropclass.run.experiment import Config, RunRecorder, config_hash, load_run, make_data, random_states, read_config, set_random_states, train_run
+from dropclass.core import writing
+from dropclass.run.experiment import (Config, RunRecorder, config_hash, hold_folder, load_checkpoint, load_run, make_data, open_folder, random_states, read_config,
+                                      set_random_states, train_run)
 from fastai.callback.core import Callback
 
 TINY = Config(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=8, n_valid=4), threads=1)
@@ -21,7 +27,7 @@ TINY = Config(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=8, n_valid
 
 class PowerCut(Callback):
     "Ends a fit in the middle of an epoch."
-    order = RunRecorder.order+5
+    order,reads_pred = RunRecorder.order+5,False # The route of a resumed run must be that of the first half
     def __init__(self, epoch): self.at = epoch
     def before_batch(self):
         if self.training and self.epoch==self.at and self.iter==1: raise KeyboardInterrupt
@@ -106,7 +112,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
         from dropclass.run.experiment import Config, RunRecorder, train_run
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         class Fill(Callback):
-            order = RunRecorder.order-1
+            order,reads_pred = RunRecorder.order-1,False
             def before_epoch(self):
                 if self.epoch==1: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
         config = Config(**{dict(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=8, n_valid=4), threads=1)!r})
@@ -129,6 +135,79 @@ def test_metrics_are_plain_json(tmp_path):
     listed = saved['tests']['unbiased']['plain']['class_iou']
     for a,b in zip(iou.tolist(), listed): assert b is None if a!=a else abs(a-b)<1e-9
     assert len(saved['rare'])==len(saved['classes'])//2
+
+
+def test_a_run_folder_from_a_stranger_writes_nowhere_else(tmp_path):
+    "Archives keep symbolic links: under every name that a run writes to, one leads to a file of mine."
+    precious = tmp_path/'precious'
+    precious.write_text('mine')
+    with pytest.raises(KeyboardInterrupt): train_run(TINY, tmp_path/'run', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
+    names = ['weights.safetensors', 'examples.png', 'confusion.json', 'metrics.json', 'history.csv']
+    for o in [*names, *(f'.{o}.part' for o in [*names, 'checkpoint.pt', 'config.json'])]:
+        (tmp_path/'run'/o).unlink(missing_ok=True)
+        if o!='metrics.json': (tmp_path/'run'/o).symlink_to(precious)
+    train_run(TINY, tmp_path/'run', resume=True, progress=False, write=lambda o: None)
+    assert precious.read_text()=='mine' and not any(o.is_symlink() for o in (tmp_path/'run').iterdir())
+    (tmp_path/'run'/'.lock').symlink_to(precious)
+    (tmp_path/'run'/'metrics.json').unlink()
+    with pytest.raises(OSError): train_run(TINY, tmp_path/'run', resume=True, progress=False, write=lambda o: None)
+    assert precious.read_text()=='mine'
+
+
+def fork(job):
+    "Run a function in a process of its own, which ends with it; its id."
+    if pid := os.fork(): return pid
+    try: job()
+    finally: os._exit(1)
+
+
+def test_two_writers_never_show_half_a_file(tmp_path):
+    data = os.urandom(2_000_000)
+    def write():
+        while True:
+            with writing(tmp_path/'file') as temp: temp.write_bytes(data)
+    for _ in range(5):
+        pids = [fork(write) for _ in range(2)]
+        while not (tmp_path/'file').exists(): time.sleep(.001)
+        for _ in range(40): assert (tmp_path/'file').read_bytes()==data
+        for o in pids: os.kill(o, signal.SIGKILL)
+        for o in pids: os.waitpid(o, 0)
+        assert (tmp_path/'file').read_bytes()==data
+        for o in tmp_path.iterdir(): o.unlink()
+
+
+def test_of_two_runs_one_gets_the_folder(tmp_path):
+    for i in range(20):
+        start = time.monotonic()+.02
+        def begin():
+            while time.monotonic()<start: pass
+            try: open_folder(tmp_path/str(i), TINY)
+            except FileExistsError: os._exit(3)
+            os._exit(0)
+        assert sorted(os.waitstatus_to_exitcode(os.waitpid(o, 0)[1]) for o in [fork(begin), fork(begin)])==[0, 3]
+
+
+def test_a_folder_says_who_holds_it(tmp_path):
+    "Nobody else trains in it, and a kill sets it free, even while a process that loaded images lives on."
+    code = textwrap.dedent('''
+        import os, sys, time
+        from dropclass.run.experiment import hold_folder
+        with hold_folder(sys.argv[1]):
+            if not os.fork(): time.sleep(60) # Stands for a process that loads images
+            print('held', flush=True)
+            time.sleep(60)
+    ''')
+    train_run(replace(TINY, epochs=1), tmp_path/'run', progress=False, write=lambda o: None)
+    (tmp_path/'run'/'metrics.json').unlink()
+    job = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/'run')], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert job.stdout.readline()=='held\n'
+    with pytest.raises(BlockingIOError, match=f'in use by process {job.pid} on {socket.gethostname()}: wait'):
+        train_run(replace(TINY, epochs=1), tmp_path/'run', resume=True, progress=False, write=lambda o: None)
+    job.kill()
+    job.wait()
+    train_run(replace(TINY, epochs=1), tmp_path/'run', resume=True, progress=False, write=lambda o: None)
+    assert not (tmp_path/'run'/'.lock').exists()
+    os.killpg(job.pid, signal.SIGKILL)
 
 
 RESULTS = sorted((Path(__file__).parents[1]/'results').glob('*/*/config.json'))
@@ -163,7 +242,7 @@ def test_a_folder_gives_back_the_configuration_it_was_given(tmp_path):
 @pytest.mark.parametrize('name', ['cityscapes', 'voc', 'ade20k'])
 def test_data_sets_are_imported_when_named(name, monkeypatch):
     made = []
-    monkeypatch.setitem(sys.modules, f'dropclass.data_{name}', types.SimpleNamespace(**{f'{name}_dls': lambda path, **kwargs: made.append((path, kwargs))}))
+    monkeypatch.setitem(sys.modules, f'dropclass.data.{name}', types.SimpleNamespace(**{f'{name}_dls': lambda path, **kwargs: made.append((path, kwargs))}))
     make_data(Config(data=name, path='here', bs=3, size=(8,9), data_options=dict(crop=(4,5)), resample={'car':2}))
     path,kwargs = made[0]
     assert path=='here' and (kwargs['bs'], kwargs['size'], kwargs['crop'], kwargs['times'])==(3, (8,9), [4,5], {'car':2})

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from dropclass.head import add_dropclass, fold_dropclass, get_head, main_output
+from dropclass.surgery import add_dropclass, get_head, main_output
+
+from dropclass.fold import fold_dropclass
 from dropclass.models import create_model
 
 C = 4

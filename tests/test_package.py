@@ -113,7 +113,7 @@ def test_metadata_of_the_wheel(wheel, settings, project):
     assert sorted(core)==sorted(o.strip() for o in settings['requirements'].splitlines() if o.strip())
     commands = configparser.ConfigParser(delimiters='=')
     commands.read_string(part('/entry_points.txt'))
-    assert set(commands['console_scripts'])=={f'dropclass-{o}' for o in ('train', 'compare', 'predict', 'demo', 'audit')}
+    assert set(commands['console_scripts'])=={f'dropclass-{o}' for o in ('train', 'compare', 'predict', 'demo', 'audit', 'tune')}
 
 
 def test_commands_exist(settings):

@@ -1,35 +1,41 @@
 "Class paste: what holds for every batch, in a Learner, beside other callbacks, and after a resume."
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from fastai.optimizer import SGD
 from fastai.torch_core import TensorImage, TensorMask
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from dropclass.callback import DropClassCallback
 from dropclass.core import VOID, step_generator
-from dropclass.paste import ClassPasteCallback, label_counts, paste_classes, rarity_weights
+from dropclass.paste import (ERASE_FILLS, ClassPasteCallback, EraseClassCallback, count_labels, erase_classes,
+                             paste_classes, rarity_weights)
+from dropclass.rivals import FadeWeightsCallback, IgnoreLabelCallback
 from dropclass.schedules import hold_ramp
 from dropclass.testing import toy_batch, toy_dls, toy_learner
 
 C = 4
-OPTIONS = [dict(), dict(components=True), dict(scale=(.5,2.)), dict(feather=2), dict(shift=(0,0), flip=0), dict(components=True, scale=(.5,1.5), feather=1)]
+OPTIONS = [dict(), dict(components=True), dict(scale=(.5,2.)), dict(feather=2), dict(shift=(0,0), flip=0),
+           dict(components=True, scale=(.5,1.5), feather=1)]
+HARD = [o for o in OPTIONS if 'feather' not in o]
 
 
 def coded_batch(n=5, size=24, seed=0):
-    "A batch whose first channel is the label and whose second is the image's number, so that every pixel tells where it comes from."
+    "A batch whose channels are the label, the number of the image, and that of the pixel."
     _,y = toy_batch(n, C, size, seed)
     image = torch.arange(n).view(-1, 1, 1).expand_as(y)
     where = torch.arange(size*size).view(1, size, size).expand_as(y)
     return torch.stack([y, image, where], 1).double(),y
 
 
-def weights_of(y, **options): return rarity_weights(label_counts(y, C).sum(0), **options)
+def weights_of(y, **options): return rarity_weights(count_labels(y, C).sum(0), **options)
 
 def pasted(x, y, seed=0, weights=None, p=1., **options):
     options = {'min_pixels':1, 'max_share':1., **options}
@@ -39,7 +45,7 @@ def pasted(x, y, seed=0, weights=None, p=1., **options):
 # ---- one batch
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), n=st.integers(2, 6), options=st.sampled_from([o for o in OPTIONS if 'feather' not in o]))
+@given(seed=st.integers(0, 10**6), n=st.integers(2, 6), options=st.sampled_from(HARD))
 def test_pixels_and_labels_move_together(seed, n, options):
     "Every pixel is the image's own, or one of a single other image, and then its label came along, and it was no void."
     x,y = coded_batch(n, seed=seed)
@@ -80,8 +86,10 @@ def test_feather_blends():
 def test_nothing_to_paste():
     x,y = toy_batch(4, C, 16)
     one,void,single = y[:1],torch.full_like(y, VOID),torch.full_like(y, 2)
-    for images,labels,options in ((x, y, dict(p=0.)), (x[:1], one, {}), (x, void, dict(weights=torch.ones(C))), (x, y, dict(min_pixels=1000)), (x, y, dict(max_share=0.)),
-                                  (x, single, dict(weights=torch.tensor([1.,1.,0.,1.])))):
+    cases = [(x, y, dict(p=0.)), (x[:1], one, {}), (x, void, dict(weights=torch.ones(C))),
+             (x, y, dict(min_pixels=1000)), (x, y, dict(max_share=0.)),
+             (x, single, dict(weights=torch.tensor([1.,1.,0.,1.])))]
+    for images,labels,options in cases:
         for components in (False, True):
             x2,y2 = pasted(images, labels, components=components, **options)
             assert torch.equal(x2, images) and torch.equal(y2, labels)
@@ -101,8 +109,10 @@ def test_limits():
     y = torch.zeros(6, 20, 20).long()
     y[:,:,10:15],y[:,:4,:4],y[:,10,0] = 1,2,3 # 100, 16 and 1 pixels of 400
     x = torch.randn(6, 3, 20, 20, generator=gen)
-    for options,expected in ((dict(), {0,1,2,3}), (dict(min_pixels=16), {0,1,2}), (dict(max_share=.25), {1,2,3}), (dict(min_pixels=17, max_share=.25), {1}),
-                             (dict(ignore_index=1), {0,2,3}), (dict(weights=weights_of(y, never=[0,2])), {1,3})):
+    cases = [(dict(), {0,1,2,3}), (dict(min_pixels=16), {0,1,2}), (dict(max_share=.25), {1,2,3}),
+             (dict(min_pixels=17, max_share=.25), {1}), (dict(ignore_index=1), {0,2,3}),
+             (dict(weights=weights_of(y, never=[0,2])), {1,3})]
+    for options,expected in cases:
         found = set()
         for seed in range(60):
             x2,y2 = pasted(x, y, seed, **options)
@@ -116,8 +126,8 @@ def test_scale_keeps_the_limit():
     y = torch.zeros(4, 40, 40).long()
     y[:,10:20,10:26] = 1 # A tenth of the image
     x = torch.randn(4, 3, 40, 40)
-    shares = [(pasted(x, y, seed, weights=torch.tensor([0.,1.]), scale=(.5,3.), max_share=.3)[0]!=x).any(1).float().mean((1,2)) for seed in range(40)]
-    shares = torch.cat(shares)
+    options = dict(weights=torch.tensor([0.,1.]), scale=(.5,3.), max_share=.3)
+    shares = torch.cat([(pasted(x, y, seed, **options)[0]!=x).any(1).float().mean((1,2)) for seed in range(40)])
     assert .25<shares.max()<=.32 and shares[shares>0].min()<.05
 
 
@@ -168,6 +178,7 @@ def test_generator_decides():
 
 class Watch(Callback):
     "Keeps the batches as they were, or as they became."
+    reads_pred = False
     def __init__(self, order): self.order,self.seen = order,[]
     def before_batch(self): self.seen.append((self.training, self.xb[0].clone(), self.yb[0].clone()))
 
@@ -192,11 +203,11 @@ def test_trains_and_leaves_validation_alone():
 
 def test_the_callback_is_the_function():
     "What a Learner trains on is what a plain loop with the same stream gets."
-    from dropclass.paste import PASTE_STREAM
     learn,before,after = watched([])
     weights,train = learn.class_paste.weights,[o for o in zip(before, after) if o[0][0]]
     for step,((_,x,y),(_,x2,y2)) in enumerate(train):
-        want = paste_classes(x, y, weights, step_generator(PASTE_STREAM, step), p=1., min_pixels=1, max_share=1.)
+        generator = step_generator(ClassPasteCallback.stream, step)
+        want = paste_classes(x, y, weights, generator, p=1., min_pixels=1, max_share=1.)
         assert torch.equal(want[0], x2) and torch.equal(want[1], y2)
 
 
@@ -210,9 +221,11 @@ class Stop(Callback):
     "Keeps what a resume needs, when an epoch is over."
     def __init__(self, epoch): self.at = epoch
     def after_epoch(self):
-        if self.epoch==self.at: self.state = {k:v.clone() for k,v in self.model.state_dict().items()},self.dls.train.rng.getstate(),random.getstate(),torch.get_rng_state()
+        if self.epoch!=self.at: return
+        weights = {k:v.clone() for k,v in self.model.state_dict().items()}
+        self.state = weights,self.dls.train.rng.getstate(),random.getstate(),torch.get_rng_state()
 
-@pytest.mark.parametrize('cbs', [lambda: [], lambda: [pytest.importorskip('dropclass.callback').DropClassCallback(drop_prob=1.)]])
+@pytest.mark.parametrize('cbs', [lambda: [], lambda: [DropClassCallback(drop_prob=1.)]])
 def test_resume_is_the_straight_run(cbs):
     "Two epochs, then two more in a new Learner, give the weights of four."
     def learner(): return toy_learner(opt_func=SGD, cbs=[ClassPasteCallback(hold_ramp(.9, .1)), Stop(1), *cbs()])
@@ -223,7 +236,8 @@ def test_resume_is_the_straight_run(cbs):
     resumed.model.load_state_dict(model)
     resumed.dls.train.rng.setstate(rng), random.setstate(py), torch.set_rng_state(tor)
     resumed.fit(4, start_epoch=2)
-    for (k,a),b in zip(straight.model.state_dict().items(), resumed.model.state_dict().values()): assert torch.equal(a, b), k
+    there = resumed.model.state_dict()
+    for k,a in straight.model.state_dict().items(): assert torch.equal(a, there[k]), k
     assert not torch.equal(straight.model.backbone[0].weight, model['backbone.0.weight'])
 
 
@@ -247,7 +261,6 @@ def test_seed_and_rank_decide(monkeypatch):
 
 def test_beside_drop_class():
     "The class that is dropped and the pieces that are pasted do not depend on each other."
-    from dropclass.callback import DropClassCallback
     alone,both = DropClassCallback(drop_prob=1.),DropClassCallback(drop_prob=1.)
     toy_learner(cbs=alone).fit(2)
     learn,before,after = watched([both])
@@ -257,17 +270,27 @@ def test_beside_drop_class():
     assert both.route.startswith('fused') # Pasting does not keep it from the fused losses
 
 
+def test_before_hidden_labels():
+    "What looks at the labels sees the pasted ones: IgnoreLabelCallback hides a class in the pieces too."
+    seen,hidden = (Watch(IgnoreLabelCallback.order+o) for o in (-.5, .5))
+    learn,before,_ = watched([IgnoreLabelCallback(1.), seen, hidden])
+    train = [(a[2], b[2], c[2]) for a,b,c in zip(before, seen.seen, hidden.seen) if a[0]]
+    for z,(old,new,left) in zip(learn.ignore_label.ignored, train, strict=True):
+        assert not torch.equal(old, new) and torch.equal(left, new.masked_fill(new==z, VOID))
+
+
 def test_beside_fading_weights():
-    try: from dropclass.baselines import FadeWeightsCallback
-    except ImportError: from dropclass.rivals import FadeWeightsCallback
-    learn,_,after = watched([FadeWeightsCallback()], loss_func=nn.CrossEntropyLoss(torch.tensor([1.,5.,1.,1.]), ignore_index=VOID))
+    loss = nn.CrossEntropyLoss(torch.tensor([1.,5.,1.,1.]), ignore_index=VOID)
+    learn,_,_ = watched([FadeWeightsCallback()], loss_func=loss)
     assert all(p.isfinite().all() for p in learn.model.parameters()) and len(learn.fade_weights.lams)==8
 
 
 class AutocastBf16(Callback):
     "Mixed precision on a CPU, where fastai's own does nothing."
     order = 10
-    def before_batch(self): self.context = torch.autocast('cpu', torch.bfloat16); self.context.__enter__()
+    def before_batch(self):
+        self.context = torch.autocast('cpu', torch.bfloat16)
+        self.context.__enter__()
     def after_loss(self): self.context.__exit__(None, None, None)
     def after_cancel_batch(self): self.context.__exit__(None, None, None)
 
@@ -279,7 +302,8 @@ def test_autocast():
 
 
 def test_mixup_is_refused():
-    with pytest.raises(ValueError, match='MixUp blends the labels'): toy_learner(cbs=[ClassPasteCallback(), MixUp()]).fit(1)
+    learn = toy_learner(cbs=[ClassPasteCallback(), MixUp()])
+    with pytest.raises(ValueError, match='MixUp blends the labels'): learn.fit(1)
 
 
 def test_counts():
@@ -308,7 +332,8 @@ def test_counts_of_fastai_masks(tmp_path):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (16,20,3), dtype='uint8')).save(tmp_path/f'{i}.png')
         Image.fromarray(np.full((16,20), i%2, dtype='uint8')).save(tmp_path/f'{i}_P.gif')
     files = [tmp_path/f'{i}.png' for i in range(6)]
-    dls = SegmentationDataLoaders.from_label_func(tmp_path, files, lambda o: o.parent/f'{o.stem}_P.gif', codes=np.array(['sky','boat','car']), bs=2, num_workers=0, valid_pct=.34, seed=0)
+    options = dict(codes=np.array(['sky','boat','car']), bs=2, num_workers=0, valid_pct=.34, seed=0)
+    dls = SegmentationDataLoaders.from_label_func(tmp_path, files, lambda o: o.parent/f'{o.stem}_P.gif', **options)
     cb = ClassPasteCallback(1., never='sky', max_share=1.)
     learn = toy_learner(num_classes=3, cbs=cb)
     learn.dls = dls
@@ -320,8 +345,8 @@ def test_counts_of_fastai_masks(tmp_path):
 
 
 def test_wrong_options_fail_at_once():
-    for options,text in ((dict(shift=.5), 'shift'), (dict(flip=2), 'flip'), (dict(scale=(0,1)), 'scale'), (dict(max_share=3), 'max_share'), (dict(feather=-1), 'feather'), (dict(p=2), 'p')):
-        with pytest.raises(ValueError, match=f'`{text}`'): ClassPasteCallback(**options)
+    for name,value in dict(shift=.5, flip=2, scale=(0,1), max_share=3, feather=-1, p=2).items():
+        with pytest.raises(ValueError, match=f'`{name}`'): ClassPasteCallback(**{name:value})
     with pytest.raises(TypeError, match='sizes'): ClassPasteCallback(sizes=2)
     x,y = toy_batch(2, C, 8)
     with pytest.raises(ValueError, match='same size'): paste_classes(x, y[:,None], torch.ones(C))
@@ -330,3 +355,58 @@ def test_wrong_options_fail_at_once():
         with pytest.raises(ValueError, match='pixel_counts'): rarity_weights(counts)
     with pytest.raises(ValueError, match='No class is left'): rarity_weights([5,0], never=[0])
     with pytest.raises(ValueError, match='never'): rarity_weights([5,1], never=[2])
+
+
+# ---- erasing
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10**6), n=st.integers(1, 5), fill=st.sampled_from(ERASE_FILLS), keep=st.booleans())
+def test_erasing_takes_one_class(seed, n, fill, keep):
+    "All pixels of one class of an image change, with the labels that were asked for, and nothing else does."
+    x,y = toy_batch(n, C, 16, seed)
+    x2,y2 = erase_classes(x, y, weights_of(y), step_generator(seed, 0), 1., fill, keep, min_pixels=1, max_share=1.)
+    erased = (x2!=x).any(1)
+    assert torch.equal(y2, y if keep else y.masked_fill(erased, VOID))
+    for i in range(n):
+        gone = y[i,erased[i]].unique()
+        assert len(gone)==(0 if fill=='image' and n==1 else 1) and not (gone==VOID).any()
+        assert torch.equal(erased[i], torch.isin(y[i], gone))
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize('fill', ERASE_FILLS)
+def test_erasing_keeps_types(dtype, fill):
+    x,y = toy_batch(3, C, 16)
+    x = ((x-x.min())*20).to(dtype).to(memory_format=torch.channels_last)
+    x2,y2 = erase_classes(x, y.to(torch.uint8), weights_of(y), step_generator(0, 0), 1., fill, max_share=1.)
+    assert (x2.dtype, y2.dtype)==(dtype, torch.uint8) and not torch.equal(x2, x)
+    assert x2.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_erase_and_paste_in_one_fit():
+    "Both draw for themselves, and the erased pixels are void for the loss."
+    learn,before,after = watched([EraseClassCallback(1., min_pixels=1, max_share=1.)])
+    train = [(a,b) for a,b in zip(before, after) if a[0]]
+    assert all(not torch.equal(a[2], b[2]) for a,b in train)
+    assert all((b[2]==VOID).sum()>(a[2]==VOID).sum() for a,b in train)
+    assert all(p.isfinite().all() for p in learn.model.parameters())
+    assert ClassPasteCallback.stream!=EraseClassCallback.stream
+
+
+def test_erasing_needs_a_void():
+    def loss(logits, target): return nn.functional.cross_entropy(logits, target.clamp(max=3))
+    with pytest.raises(ValueError, match='cannot be void'): toy_learner(loss_func=loss, cbs=EraseClassCallback()).fit(1)
+    toy_learner(loss_func=loss, cbs=EraseClassCallback(keep_labels=True)).fit(1)
+    with pytest.raises(ValueError, match='fill'): EraseClassCallback(fill='paint')
+    with pytest.raises(ValueError, match='MixUp blends'): toy_learner(cbs=[EraseClassCallback(), MixUp()]).fit(1)
+
+
+# ---- the benchmark
+
+@pytest.mark.slow
+def test_benchmark_runs(tmp_path):
+    root = Path(__file__).resolve().parent.parent
+    options = ['--arch', 'small', '--size', '32x64', '--rounds', '5', '--csv', str(tmp_path/'t.csv')]
+    command = [sys.executable, '-W', 'ignore', str(root/'benchmarks'/'paste_step.py'), *options]
+    subprocess.run(command, check=True, timeout=300)
+    assert (tmp_path/'t.csv').read_text().splitlines()[0]==(root/'results'/'paste_step.csv').read_text().splitlines()[0]

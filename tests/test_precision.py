@@ -7,10 +7,11 @@ from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 
-from dropclass.callback import DropClassCallback
+from dropclass.callback import PARTS, DropClassCallback
 from dropclass.core import VOID
 from dropclass.fused import resize_dropclass_loss
-from dropclass.head import add_dropclass, split_paths
+from dropclass.head import split_paths
+from dropclass.surgery import add_dropclass
 from dropclass.losses import drop_path_losses, dropclass_loss, segmentation_loss
 from dropclass.testing import ToyNet, toy_batch, toy_learner
 
@@ -24,7 +25,7 @@ def seeded():
 
 class CPUAutocast(Callback):
     "What fastai's MixedPrecision is on a GPU: the model and the losses of a batch run under autocast."
-    order = MixedPrecision.order
+    order,reads_pred = MixedPrecision.order,False
     def __init__(self, dtype): self.dtype,self.seen = dtype,set()
     def before_batch(self):
         self.handle = self.learn.drop_class.drop_head.classifier.register_forward_hook(lambda m,args,out: self.seen.add(out.dtype))
@@ -35,8 +36,17 @@ class CPUAutocast(Callback):
         self.cast.__exit__(None, None, None)
         self.handle.remove()
         self.cast = None
-    def before_backward(self): self.leave()
+    def before_backward(self):
+        assert self.loss_grad.dtype==torch.float32
+        self.leave()
     def after_batch(self): self.leave()
+
+class LossKinds(Callback):
+    "Notes the type of the loss that is differentiated."
+    reads_pred,order = False,DropClassCallback.order+1
+    def before_fit(self): self.seen = set()
+    def after_loss(self):
+        if self.training: self.seen.add(self.loss_grad.dtype)
 
 def keep_mask(z=Z):
     mask = torch.ones(C)
@@ -62,8 +72,7 @@ def test_bf16_autocast_through_the_callback(fused):
     assert cb.route.startswith('fused' if fused else 'stacked')
     assert seen=={torch.bfloat16} # It was bf16 that was trained and validated
     assert all(o.dtype==torch.float32 for o in learn.model.parameters())
-    parts,exact = torch.stack([o['parts'] for o in cb.rows]),torch.stack([o['parts'] for o in full.rows])
-    assert parts.dtype==torch.float32
+    parts,exact = (torch.tensor([[row[o] for o in PARTS] for row in h.rows]) for h in (cb, full))
     torch.testing.assert_close(parts[0], exact[0], rtol=.02, atol=0., equal_nan=True) # Eight bits in each product
     assert not torch.equal(parts[0], exact[0])
     torch.testing.assert_close(parts.nanmean(0), exact.nanmean(0), rtol=.1, atol=.05) # Two trainings drift apart
@@ -71,10 +80,9 @@ def test_bf16_autocast_through_the_callback(fused):
 
 def loop_loss(model, head, x, y, fused):
     "Loss of a plain loop, and the logits of both paths."
-    head.small_only = fused
-    with head.dropping(keep_mask(), .5): out = model(x)
+    with head.dropping(keep_mask(), .5, small_only=fused) as step: out = model(x)
     if fused:
-        (logits,drop_logits),head.small = head.small,None
+        logits,drop_logits = step.small
         return resize_dropclass_loss(logits, drop_logits, y, Z, .5)[0], logits, drop_logits
     logits,drop_logits = split_paths(out, len(x))
     return dropclass_loss(logits, drop_logits, y, keep_mask(), .5), logits, drop_logits
@@ -137,7 +145,7 @@ def test_scaling_changes_no_step_that_is_finite(fused):
 def test_the_scaler_of_a_learner_skips_an_overflow():
     "Through the callback: a batch whose loss is not finite leaves no trace in the weights, and the fit goes on."
     class Scaled(Callback):
-        order = MixedPrecision.order
+        order,reads_pred = MixedPrecision.order,False
         def before_fit(self): self.scaler,self.seen = torch.amp.GradScaler('cpu', init_scale=2.**10),[]
         def weights(self): return [p.detach().clone() for p in self.model.parameters()]
         def before_batch(self):
@@ -153,7 +161,8 @@ def test_the_scaler_of_a_learner_skips_an_overflow():
         def after_cancel_step(self): self.learn.opt.zero_grad()
         def after_batch(self):
             if self.training: self.seen.append((self.loss.item(), self.before, self.weights()))
-    scaled,cb = Scaled(),DropClassCallback(both_paths=False)
+    scaled,cb = Scaled(),DropClassCallback()
+    cb.both_paths = False
     learn = toy_learner(cbs=cb)
     learn.fit(1, cbs=scaled)
     (first,before,after),*others = scaled.seen
@@ -169,12 +178,12 @@ def test_the_scaler_of_a_learner_skips_an_overflow():
 @pytest.mark.parametrize('fused', [True, False], ids=['fused', 'stacked'])
 def test_mixed_precision_of_fastai(how, fused):
     cb = DropClassCallback(fused=fused)
-    learn = toy_learner(cbs=cb)
+    learn = toy_learner(cbs=[cb, LossKinds()])
     learn.dls.to('cuda')
     learn.model.cuda()
     getattr(learn, how)().fit(2)
     assert cb.route.startswith('fused' if fused else 'stacked')
-    assert all(o['parts'].dtype==torch.float32 for o in cb.rows)
+    assert learn.loss_kinds.seen=={torch.float32} and cb.history.total.notna().all()
     assert all(p.isfinite().all() and p.dtype==torch.float32 for p in learn.model.parameters())
 
 @needs_gpu

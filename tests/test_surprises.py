@@ -12,10 +12,12 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, update_bn
 
 from dropclass.rivals import FadeWeightsCallback, IgnoreLabelCallback, OhemLoss
+from dropclass.analysis.ablations import DrawPresent, DrawRare, DrawWeighted
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID, check_num_classes
 from dropclass.fused import resize_cross_entropy
-from dropclass.head import add_dropclass, get_head, inspect_classifier, split_paths
+from dropclass.head import split_paths
+from dropclass.surgery import add_dropclass, get_head, inspect_classifier, resize_behind
 from dropclass.testing import ToyNet, toy_batch, toy_dls, toy_learner
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*insecure.*')
@@ -111,15 +113,15 @@ def test_a_loss_without_ignore_index(loss_func):
     learn = toy_learner(loss_func=loss_func)
     for dl in learn.dls.loaders: dl.dataset = [(x, torch.where(y==VOID, 0, y)) for x,y in dl.dataset]
     learn.fit(2, cbs=(cb := DropClassCallback()))
-    assert all(torch.isfinite(torch.tensor(cb.valid_losses())))
+    assert all(torch.isfinite(torch.tensor(cb.log.valid_losses())))
 
 
 @pytest.mark.parametrize('void', [-100, -1])
-@pytest.mark.parametrize('draw', ['uniform', 'present', 'rare'])
+@pytest.mark.parametrize('draw', [DropClassCallback, DrawPresent, DrawRare])
 def test_negative_labels_of_void(void, draw):
     learn = toy_learner(loss_func=nn.CrossEntropyLoss(ignore_index=void))
     for dl in learn.dls.loaders: dl.dataset = [(x, torch.where(y==VOID, void, y)) for x,y in dl.dataset]
-    learn.fit(1, cbs=(cb := DropClassCallback(draw=draw, drop_prob=1.)))
+    learn.fit(1, cbs=(cb := draw(drop_prob=1.)))
     assert cb.history.total.notna().all()
 
 
@@ -264,10 +266,6 @@ def test_a_fit_after_lr_find_or_load(tmp_path, before):
     assert not torch.equal(before, block_weight(learn.model))
 
 
-def test_a_class_must_be_left_to_drop():
-    with pytest.raises(ValueError, match='names all 4 classes'): toy_learner(cbs=DropClassCallback(never_drop=range(4)))
-
-
 # ---- tails and features that change with training
 
 class Overwrites(ToyNet):
@@ -301,16 +299,10 @@ def test_looking_at_the_tail_draws_no_random_numbers():
         def __init__(self):
             super().__init__()
             self.backbone.append(nn.Dropout(.5))
-    learn,cb,states = toy_learner(model=Before()),DropClassCallback(),[]
-    learn.add_cb(cb)
-    run = cb.run_tail
-    def watched(*args, **kwargs):
-        states.append(torch.get_rng_state())
-        try: return run(*args, **kwargs)
-        finally: states.append(torch.get_rng_state())
-    cb.run_tail = watched
-    learn.fit(1)
-    assert cb.route.startswith('fused') and len(states)==4 and all(torch.equal(states[0], o) for o in states)
+    model,(x, y) = Before().train(),toy_batch()
+    add_dropclass(model)
+    before = torch.get_rng_state()
+    assert resize_behind(model, (x[:1],), y.shape[1:])=={'align_corners':False} and torch.equal(torch.get_rng_state(), before)
 
 
 class Beside(ToyNet):
@@ -459,7 +451,7 @@ def test_a_loss_that_cannot_mask_will_do_where_nothing_is_dropped():
 
 
 def test_draw_weights_are_counted_before_the_first_step():
-    cb = DropClassCallback(draw=[1,2])
+    cb = DrawWeighted([1,2])
     with pytest.raises(ValueError, match='4 finite numbers'): toy_learner().fit(1, cbs=cb)
     assert not cb.rows
 

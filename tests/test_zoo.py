@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dropclass.features import sample_keep_mask
-from dropclass.head import add_dropclass, find_classifier, get_head, inspect_classifier, main_output, remove_dropclass, split_paths
+from dropclass.head import split_paths
+from dropclass.surgery import add_dropclass, find_classifier, get_head, inspect_classifier, main_output, remove_dropclass
 from dropclass.importance import resize_adjoint
 from dropclass.losses import dropclass_loss
 from dropclass.models import OutputAdapter, create_model
@@ -356,8 +357,7 @@ def test_residual_tail_runs_twice(n):
     keep_mask = torch.tensor([1.,0.,1.,1.], dtype=torch.float64)
     calls = []
     handle = next(m for m in model.model[0].modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(lambda *o: calls.append(1))
-    head.both_in_eval = True
-    with head.dropping(keep_mask): logits,drop_logits = split_paths(model(x), n)
+    with head.dropping(keep_mask, in_eval=True): logits,drop_logits = split_paths(model(x), n)
     handle.remove()
     assert len(calls)==1, "what stands before the head runs once"
     assert torch.equal(logits, expected)

@@ -4,10 +4,12 @@
     python benchmarks/camvid/run.py cpu --list                   # what is done and what is left
     python benchmarks/camvid/run.py cpu --data FOLDER --same OLD # does this code train to the same numbers as that in the folder OLD?
     python benchmarks/camvid/run.py benchmarks/scenes/map.json   # another plan, on another data set
+    python benchmarks/camvid/run.py pretrained --data FOLDER --weights FOLDER # a plan that starts from a file of trained weights, which lies in a folder of yours
 
 A plan is a table of arms (settings of `dropclass.run.experiment.Config` on top of shared ones), and the order in which arms and seeds are run. Every finished run adds a row to
-results/camvid/PLAN.csv, and a folder of small files to results/camvid/PLAN/ARM-sSEED: configuration, learning curve, confusion matrices of all paths and, unless the plan says `"context": false`, counts with
-every class erased and the classifier's weights.
+results/camvid/PLAN.csv, and a folder of small files to results/camvid/PLAN/ARM-sSEED: configuration, learning curve, confusion matrices of all paths, the counts of every shift of the class bias and, unless
+the plan says `"context": false`, the classifier's weights and counts with every class erased, once for each of the
+plan's "fills".
 
 A row names the commit and the hash of the code that training passes through. Rows of different code share a table only where --same has shown that both give the same numbers: it trains
 the first epochs of the arms that are there with both, on one machine, and writes into same_code.json beside the rows if every figure is equal to the last digit. Elsewhere the script says which commit to check out. A run is
@@ -30,10 +32,11 @@ from datetime import date
 from pathlib import Path
 
 HERE,ROOT = Path(__file__).resolve().parent,Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT)) # Where the package is not installed
 MODULES = ('core','features','importance','losses','fused','schedules','head','models','callback','baselines','data_core','data_camvid','data_sampling','metrics','experiment',
-           'rivals','surgery','fold','stats','paste','prior','data/core','data/sampling','run/experiment') # A folder has the old names or the new ones
+           'rivals','surgery','fold','stats','paste','prior','data/core','data/sampling','analysis/ablations','run/experiment') # A folder has the old names or the new ones
 OTHER_DATA = {'scenes':('data_scenes','ranks','data/scenes'), 'camvid':('data/camvid',), 'folder':('data/folder',)} # Beside MODULES
-KEPT = ('config.json','history.csv','metrics.json','confusion.json','context.json','classifier.json')
+KEPT = ('config.json','history.csv','metrics.json','confusion.json','prior.npz','context*.json','classifier.json')
 COLUMNS = ['plan','arm','seed','commit','code','config','finished','device','threads','torch','seconds','epochs','path','miou_plain','rare_plain','miou_drop','rare_drop','miou_mean','rare_mean','best_miou','still_rising','folder']
 
 
@@ -51,10 +54,14 @@ def read_plan(name):
     plan['runs'] = list(dict.fromkeys(pairs))
     return plan
 
-def run_options(plan, arm, seed, data=None):
-    "The fields of `Config` of one run."
+def run_options(plan, arm, seed, data=None, weights=None):
+    "The fields of `Config` of one run; a file of trained weights lies in the folder `weights`."
     own = {k:v for k,v in plan['arms'][arm].items() if k!='title'}
     options = {**plan['shared'], 'method':'plain', **own, 'seed':seed, 'path':data}
+    if data and options['data']=='folder': # Images, masks, classes and the list that validates lie side by side
+        files = {k:str(Path(data)/v) for k,v in options['data_options'].items() if k in ('masks','names','valid')}
+        options |= dict(path=str(Path(data)/'images'), data_options={**options['data_options'], **files})
+    if weights and options.get('weights_file'): options['weights_file'] = str(Path(weights)/options['weights_file'])
     if options['method'] in ('dropclass','no_drop'): options['dropclass'] = {**plan.get('dropclass', {}), **own.get('dropclass', {})}
     return options
 
@@ -101,14 +108,13 @@ def add_row(table, row):
     rows = read_rows(table)
     if any((o['arm'], int(o['seed']))==(row['arm'], int(row['seed'])) for o in rows): raise SystemExit(f"{table} has a row of {row['arm']} seed {row['seed']} already: another process has added it, so this one is left out")
     rows.append(row)
+    from dropclass.core import writing
     table.parent.mkdir(parents=True, exist_ok=True)
-    temp = table.with_name(f'.{table.name}.part')
     extra = dict.fromkeys(k for o in rows for k in o if k not in COLUMNS)
-    with open(temp, 'w', newline='') as f:
+    with writing(table) as temp, open(temp, 'w', newline='') as f:
         writer = csv.DictWriter(f, [*COLUMNS[:-1], *extra, COLUMNS[-1]], lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(temp, table)
 
 def still_rising(history):
     "Mean mIoU of the last fifth of the epochs minus that of the fifth before, in points; validation may be every few epochs."
@@ -133,21 +139,24 @@ def make_row(plan, arm, seed, folder, commit, code):
 
 # ---------------------------------------------------------------- one run, in a process of its own
 
-def train_one(plan, arm, seed, data, out):
+def train_one(plan, arm, seed, data, weights, out):
     "Train, or resume, one run, then measure how it leans on context."
     import warnings
     warnings.filterwarnings('ignore')
     from dropclass.analysis.context import colocation
     from dropclass.analysis.entanglement import classifier_weight
-    from dropclass.run.experiment import Config, make_data, train_run, write_json
-    config = Config(**run_options(plan, arm, seed, data))
+    from dropclass.core import write_json
+    from dropclass.run.experiment import Config, make_data, train_run
+    config = Config(**run_options(plan, arm, seed, data, weights))
     resume = (out/'checkpoint.pt').is_file()
     if not resume and out.is_dir(): shutil.rmtree(out)
     run = train_run(config, out, resume, progress=False, write=lambda o: print(o, flush=True))
     if plan.get('context', True):
         model,dls = run.load_model(),make_data(config)
         write_json(out/'classifier.json', classifier_weight(model, None, len(run.spec)).tolist())
-        colocation(model.to(dls.device), dls.valid, run.spec, label=f'{arm}, seed {seed}').save(out/'context.json')
+        for fill in plan.get('fills', ['mean']): # Those that say how they fill carry it in their name
+            name = f'context-{fill}.json' if 'fills' in plan else 'context.json'
+            colocation(model.to(dls.device), dls.valid, run.spec, fill, label=f'{arm}, seed {seed}').save(out/name)
     (out/'done').touch()
 
 
@@ -157,7 +166,8 @@ MEMORY = 'glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=4000000000:glibc.ma
 
 def start(args, plan, arm, seed, out, root=ROOT):
     "Start one run in a process of its own, of this code or of another folder's; what it prints goes to a log."
-    threads,data = str(plan['shared'].get('threads') or 1),[] if args.data is None else ['--data', str(args.data)]
+    threads = str(plan['shared'].get('threads') or 1)
+    data = [o for k in ('data','weights') if getattr(args, k) is not None for o in (f'--{k}', str(getattr(args, k)))]
     env = {**os.environ, 'OMP_NUM_THREADS':threads, 'MKL_NUM_THREADS':threads, 'PYTHONUNBUFFERED':'1', 'PYTHONPATH':os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))}
     env.setdefault('GLIBC_TUNABLES', MEMORY) # Blocks of memory stay with the process, in large pages: a step on a CPU takes 8 to 15 % less, the numbers are the same
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -167,11 +177,13 @@ def start(args, plan, arm, seed, out, root=ROOT):
 def keep(results, plan, arm, seed, folder, commit, code):
     "Copy a run's small files, then add its row."
     target = results/plan['name']/f'{arm}-s{seed}'
+    from dropclass.core import write_json
     target.mkdir(parents=True, exist_ok=True)
-    for o in KEPT:
-        if (folder/o).is_file(): shutil.copyfile(folder/o, target/o)
+    for o in (o for kept in KEPT for o in folder.glob(kept)): shutil.copyfile(o, target/o.name)
     saved = json.loads((target/'config.json').read_text())
-    (target/'config.json').write_text(json.dumps({**saved, 'path':None}, indent=1)+'\n') # Where the images were is nobody's business
+    file = saved['weights_file'] and Path(saved['weights_file']).name # Where images and weights were is nobody's business
+    named = run_options(plan, arm, seed)['data_options']
+    write_json(target/'config.json', {**saved, 'path':None, 'weights_file':file, 'data_options':named})
     row = make_row(plan, arm, seed, folder, commit, code)
     add_row(results/f"{plan['name']}.csv", row)
     return row
@@ -198,7 +210,8 @@ def begun(plan, arm, seed, out, commit, code, same):
         if other: raise SystemExit(f"{out} was begun with {other}: go on with those, delete the folder, or give another --runs")
         return found
     out.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(mine, indent=1)+'\n')
+    from dropclass.core import write_json
+    write_json(path, mine)
     return mine
 
 def run_all(args, plan):
@@ -268,7 +281,8 @@ def show_same(args, plan):
     path = args.results/'same_code.json'
     notes = json.loads(path.read_text()) if path.is_file() else []
     note = dict(plan=plan['name'], codes=codes, commits=commits, arms=arms, epochs=args.epochs, date=date.today().isoformat())
-    path.write_text(json.dumps([*notes, note], indent=1)+'\n')
+    from dropclass.core import write_json
+    write_json(path, [*notes, note])
 
 def show(args, plan):
     "Print what is done and what is left."
@@ -281,7 +295,8 @@ def show(args, plan):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('plan', help='name of a plan beside this file, or a .json file')
-    parser.add_argument('--data', type=Path, help='folder of a CamVid copy')
+    parser.add_argument('--data', type=Path, help='folder of a CamVid copy, or of the images of another data set')
+    parser.add_argument('--weights', type=Path, help='folder of the file of trained weights that a plan names')
     parser.add_argument('--jobs', type=int, default=2, help='runs at the same time')
     parser.add_argument('--arms', nargs='*', help='only these arms')
     parser.add_argument('--minutes', type=float, help='stop after this time; the rest can be resumed')
@@ -297,7 +312,9 @@ def main():
     if args.list: return show(args, plan)
     if args.data is None and plan['shared']['data']!='scenes': parser.error("give --data, the folder of the images")
     data = None if args.data is None else str(args.data)
-    if args.one: return train_one(plan, args.one[0], int(args.one[1]), data, Path(args.one[2]))
+    if args.weights is None and plan['shared'].get('weights_file'): parser.error(f"give --weights, the folder that holds {plan['shared']['weights_file']}")
+    weights = None if args.weights is None else str(args.weights)
+    if args.one: return train_one(plan, args.one[0], int(args.one[1]), data, weights, Path(args.one[2]))
     if args.same: return show_same(args, plan)
     for o in (signal.SIGTERM, signal.SIGHUP):
         with contextlib.suppress(ValueError): signal.signal(o, lambda *_: sys.exit(143))

@@ -6,12 +6,11 @@
 __all__ = ['worst_confusions', 'pair_confusions', 'look_alikes', 'bias_scores', 'proxy_values', 'rank_agreement', 'plot_proxy']
 
 # %% ../../nbs/64_analysis.bias.ipynb #0e1c8e32
-from pathlib import Path
-
 import pandas as pd
 import torch
 from torch import Tensor
-from .context import Colocation, as_spec
+from .context import Colocation
+from .subjects import as_spec
 from ..core import check_choice, class_index
 from ..metrics import class_iou
 
@@ -67,20 +66,15 @@ def look_alikes(
 
 # %% ../../nbs/64_analysis.bias.ipynb #f38abb06
 def bias_scores(
-    biased, # Run folder or `Run`, or pixel counts (C,C) of the biased world
-    unbiased:Tensor|None=None, # Pixel counts (C,C) of the unbiased world; a run has them
-    spec=None, # Classes: `ClassSpec`, names or number; a run knows them
-    path:str|None=None, # Path of a run: 'plain', 'drop' or 'mean'; None is the one that predicts
+    biased:Tensor, # Pixel counts (C,C) of the biased world, truth in rows
+    unbiased:Tensor, # Pixel counts (C,C) of the unbiased world
+    spec=None, # Classes: `ClassSpec`, names or number; None numbers them
 ) -> pd.DataFrame: # A row per class, the most biased first: IoU in the `biased` and `unbiased` world in percent, `bias` in points; nan for a class that one of them lacks
     "Measure how much of each class's IoU is habit."
-    if isinstance(biased, (str,Path)):
-        from dropclass.run.experiment import load_run
-        biased = load_run(biased)
-    if hasattr(biased, 'load_model'): biased,unbiased,spec = biased.confusion('valid', path),biased.confusion('unbiased', path),biased.spec
-    if unbiased is None: raise ValueError("There is only one world: pass `unbiased`, the confusion matrix on images without the habits, or a run on `scenes`")
-    (a,spec),(b,_) = _checked_counts(biased, len(biased) if spec is None else spec),_checked_counts(unbiased, len(unbiased) if spec is None else spec)
-    df = pd.DataFrame(dict(biased=100*class_iou(a).numpy(), unbiased=100*class_iou(b).numpy()), index=pd.Index(spec.names, name='class'))
-    df[[not o for o in ((a.sum(1)>0)&(b.sum(1)>0)).tolist()]] = torch.nan
+    spec = as_spec(len(biased) if spec is None else spec)
+    (a,_),(b,_) = (_checked_counts(o, spec) for o in (biased, unbiased))
+    df = pd.DataFrame({name:100*class_iou(o).numpy() for name,o in (('biased', a), ('unbiased', b))}, index=pd.Index(spec.names, name='class'))
+    df[((a.sum(1)==0)|(b.sum(1)==0)).numpy()] = torch.nan
     df['bias'] = df.biased-df.unbiased
     return df.sort_values('bias', ascending=False, kind='stable')
 

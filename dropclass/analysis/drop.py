@@ -17,10 +17,12 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
-from .context import HARBOUR, Colocation, harbour, image_counts, iter_batches, open_data, open_model, _show_progress
+from .context import HARBOUR, Colocation, harbour, image_counts
+from .subjects import iter_batches, open_data, open_model, show_progress
 from ..core import ClassSpec, eval_mode, step_generator
 from ..features import sample_keep_mask
-from ..head import DropClassHead, add_dropclass, get_head, split_paths
+from ..head import DropClassHead, split_paths
+from ..surgery import add_dropclass, get_head
 from ..losses import dropclass_loss
 from ..metrics import class_iou
 from ..models import SmallSegNet
@@ -61,14 +63,11 @@ def drop_path_only(
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
 ): # Nothing; the head answers as before when the block ends
     "Let a network in evaluation mode answer by its drop path, with a mask."
-    before,head.both_in_eval = head.both_in_eval,True
-    try:
-        with head.dropping(keep_mask, only='drop'): yield
-    finally: head.both_in_eval = before
+    with head.dropping(keep_mask, only='drop', in_eval=True): yield
 
 # %% ../../nbs/67_analysis.drop.ipynb #80752b2f
 def drop_effect(
-    model, # Run folder, `Run`, Learner, or network with a `DropClassHead`
+    model, # Learner, `Run`, or network with a `DropClassHead`
     data=None, # Batches of images and labels; None takes those of the Learner or run
     spec=None, # Classes: `ClassSpec`, names or number; a Learner and a run know theirs
     test:str='valid', # Test set of a run: 'valid', or 'unbiased' for scenes
@@ -84,7 +83,7 @@ def drop_effect(
     masks = torch.cat([torch.ones(1, C), 1-torch.eye(C)])
     counts = torch.zeros(C+1, C, C, dtype=torch.long)
     with torch.no_grad(), eval_mode(net):
-        for x,y in iter_batches(_show_progress(open_data(subject, data, test), progress), device, max_images):
+        for x,y in iter_batches(show_progress(open_data(subject, data, test), progress), device, max_images):
             for i,keep_mask in enumerate(masks):
                 with drop_path_only(head, keep_mask): counts[i] += image_counts(net, x, y, spec).sum(0).cpu()
             n += len(x)
@@ -165,7 +164,7 @@ def compare_removals(
 ) -> pd.DataFrame: # A row per pair of classes: `removed` and `class`, and the fall in the IoU of `class`, in points, where the other is `erased` and where it is `dropped`; the largest fall by erasing first
     "Put a class's removal from the image beside its removal from the features."
     if effect.spec.names!=colocation.spec.names or not torch.equal(effect.confusion, colocation.confusion):
-        raise ValueError(f"{effect.label} and {colocation.label} do not begin with the same predictions: measure both on one network and the same images, and erase with the drop path (`path='drop'` for a run)")
+        raise ValueError(f"{effect.label} and {colocation.label} do not begin with the same predictions: measure both on one network and the same images, and erase with the drop path (`answer_by(model, 'drop')`)")
     dropped = replace(colocation, erased=effect.dropped)
     falls,names = [100*o.fall('same') for o in (colocation, dropped)],effect.spec.names
     rows = [(names[z], names[y], *(o[z,y].item() for o in falls)) for z,y in (~falls[0].isnan()).nonzero().tolist()]
@@ -178,7 +177,6 @@ def save(self:DropEffect,
     **more, # Further fields to keep beside the counts, such as where they come from
 ) -> Path: # The same
     "Write the counts to a file."
-    from dropclass.run.experiment import write_json
     write_json(file, dict(format=1, images=self.images, label=self.label, classes=self.spec.names, colors=self.spec.colors, ignore_index=self.spec.ignore_index,
                           confusion=self.confusion.tolist(), dropped=self.dropped.tolist(), **more))
     return Path(file)

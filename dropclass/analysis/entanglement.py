@@ -14,9 +14,10 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
-from .context import Subject, as_spec, open_model
+from .subjects import Subject, as_spec, open_model
 from ..core import ClassSpec, check_choice
-from ..head import find_classifier, get_head, kernel_of
+from ..head import kernel_of
+from ..surgery import find_classifier, get_head
 from ..importance import check_classifier, conv_importance
 
 # %% ../../nbs/62_analysis.entanglement.ipynb #a9062bd8
@@ -73,16 +74,8 @@ class Entanglement:
     def order(self): return list(range(len(self.spec))) if self.pixel_counts is None else torch.as_tensor(self.pixel_counts).argsort(stable=True).tolist()
     def matrix(self, measure='signed cosine'): return cosine_matrix(self.weight, measure)
 
-def _pixel_counts(source, num_classes):
-    "Pixels of each class in the training set of a run or Learner, or None."
-    if hasattr(source, 'metrics') and hasattr(source, 'load_model'): return torch.tensor(source.metrics['pixel_counts'])
-    dls = getattr(source, 'dls', None)
-    if not isinstance(getattr(dls, 'spec', None), ClassSpec): return None
-    from dropclass.stats import class_counts
-    return class_counts(dls.train.dataset, num_classes)
-
 def entanglement(
-    model, # Run folder, `Run`, Learner, network, or weights (C,K)
+    model, # Learner, `Run`, network, or weights (C,K)
     spec=None, # Classes: `ClassSpec`, names or number; None asks the Learner or run, else counts the rows
     pixel_counts=None, # Pixels of each class in the training set (C,); None asks the Learner or run
     classifier:str|None=None, # Name of the classifier; None finds it
@@ -92,12 +85,12 @@ def entanglement(
     "Compare the classes by the weights of the classifier."
     if isinstance(model, (Tensor,nn.Module)):
         weight = classifier_weight(model, classifier, None if spec is None else len(as_spec(spec)), probe)
-        subject = Subject(None, as_spec(len(weight) if spec is None else spec), label or 'network', None)
+        subject = Subject(None, as_spec(len(weight) if spec is None else spec), label or 'network')
     else:
         subject = open_model(model, spec, label=label)
         weight = classifier_weight(subject.model, classifier, len(subject.spec), probe)
     C = len(subject.spec)
-    counts = _pixel_counts(subject.source, C) if pixel_counts is None else torch.as_tensor(pixel_counts)
+    counts = subject.pixel_counts() if pixel_counts is None else torch.as_tensor(pixel_counts)
     if not C==len(weight)==(C if counts is None else len(counts)):
         raise ValueError(f"Got {len(weight)} weight vectors, {C} classes and {C if counts is None else len(counts)} pixel counts: pass those of one network")
     return Entanglement(weight.cpu(), subject.spec, counts, subject.label)

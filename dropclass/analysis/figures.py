@@ -13,9 +13,11 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
-from .context import iter_batches, open_data, open_model, _show_progress
+from .bias import look_alikes
+from .context import image_counts
+from .subjects import iter_batches, open_data, open_model, show_progress
 from ..core import VOID, ClassSpec, check_choice, class_index, colorize, eval_mode
-from ..head import find_classifier, get_head
+from ..surgery import find_classifier, get_head
 from ..importance import iter_importance
 from ..models import pick_logits, resize_logits
 
@@ -84,7 +86,7 @@ def _open_both(base, other, data, spec, test):
 
 # %% ../../nbs/63_analysis.figures.ipynb #06bc183f
 def differences(
-    base, # Run folder, `Run`, Learner, or network
+    base, # Learner, `Run`, or network
     other, # Another one for the same classes
     data=None, # Batches of images and labels; None takes those of the first
     spec=None, # Classes: `ClassSpec`, names or number; a Learner and a run know theirs
@@ -95,7 +97,7 @@ def differences(
     "Count, image by image, where two networks differ."
     a,b,data = _open_both(base, other, data, spec, test)
     found = []
-    for x,y in iter_batches(_show_progress(data, progress), max_images=max_images):
+    for x,y in iter_batches(show_progress(data, progress), max_images=max_images):
         preds = zip(*(predict_labels(o.model, x, y.shape[-2:], len(a.spec)) for o in (a, b)), y.cpu())
         found += [difference_counts(*o, len(a.spec), a.spec.ignore_index) for o in preds]
     if not found: raise ValueError("There are no images: `data` is empty")
@@ -179,7 +181,7 @@ def _draw_boxes(ax, boxes):
 
 # %% ../../nbs/63_analysis.figures.ipynb #4561dcc1
 def plot_differences(
-    base, # Run folder, `Run`, Learner, or network
+    base, # Learner, `Run`, or network
     other, # Another one for the same classes
     data=None, # Batches of images and labels; None takes those of the first
     spec=None, # Classes: `ClassSpec`, names or number; a Learner and a run know theirs
@@ -313,8 +315,6 @@ def _draw_cam(ax, picture, cam, target, c):
     ax.axis('off')
 
 # %% ../../nbs/63_analysis.figures.ipynb #5c1e77a4
-def _device_of(subject): return next(subject.model.parameters(), torch.empty(0)).device
-
 def _open_one_or_two(base, other, data, spec, test):
     "One or two subjects in a list, and their images."
     if other is None:
@@ -325,15 +325,13 @@ def _open_one_or_two(base, other, data, spec, test):
 
 def _find_alikes(subject, data, c):
     "The class that a network most often confuses with class c, in a list."
-    from dropclass.analysis.bias import look_alikes
-    from dropclass.analysis.context import image_counts
     with torch.no_grad(), eval_mode(subject.model):
-        confusion = sum(image_counts(subject.model, x, y, subject.spec).sum(0) for x,y in iter_batches(data, _device_of(subject)))
+        confusion = sum(image_counts(subject.model, x, y, subject.spec).sum(0) for x,y in iter_batches(data, subject.device))
     return look_alikes(confusion.cpu(), subject.spec, c, 1)
 
 # %% ../../nbs/63_analysis.figures.ipynb #4a8cac42
 def plot_grad_cam(
-    base, # Run folder, `Run`, Learner, or network
+    base, # Learner, `Run`, or network
     other=None, # Another one for the same classes; None shows one network
     data=None, # Batches of images and labels; None takes those of the first
     spec=None, # Classes: `ClassSpec`, names or number; a Learner and a run know theirs
@@ -357,7 +355,7 @@ def plot_grad_cam(
         picture = to_picture(x, data)
         axs[0].imshow(picture); axs[0].axis('off'); axs[0].set_title(f'{spec.names[c]} (outlined)', fontsize=8)
         for ax,(k,net) in zip(axs[1:], shown):
-            cam = resize_logits(grad_cam(net.model, x[None].to(_device_of(net)), [k], mask, y[None], layer), y.shape)[0,0].cpu()
+            cam = resize_logits(grad_cam(net.model, x[None].to(net.device), [k], mask, y[None], layer), y.shape)[0,0].cpu()
             _draw_cam(ax, picture, cam, y, c)
             ax.set_title(f'{net.label}: {spec.names[k]}\n{100*_inside(cam, y, c):.0f} % inside', fontsize=8)
     return fig

@@ -16,11 +16,13 @@ from typing import NamedTuple
 import pandas as pd
 import torch
 from torch import nn, Tensor
-from .context import Colocation, colocation, erase, image_stats, iter_batches, make_fill, open_data, open_model
+from .context import Colocation, colocation, erase, image_stats, make_fill
+from .subjects import iter_batches, open_data, open_model
 from .figures import predict_labels, to_picture
 from ..core import ClassSpec, check_unit, class_index, colorize, eval_mode, step_generator
 from ..features import class_scale, drop_features, dropped_class, sample_keep_mask
-from ..head import find_classifier, get_head, kernel_of
+from ..head import kernel_of
+from ..surgery import find_classifier, get_head
 from ..importance import conv_importance
 from ..models import pick_logits, resize_logits
 from ..schedules import as_schedule, hold_ramp, schedule_value
@@ -192,7 +194,7 @@ def _open(model, data, spec, max_images):
 
 # %% ../../nbs/66_analysis.widgets.ipynb #8cecd6a6
 def drop_explorer(
-    model, # Run folder, `Run`, Learner, or network
+    model, # Learner, `Run`, or network
     data=None, # Batches of images and labels; None takes those of the Learner or run
     spec=None, # Classes: `ClassSpec`, names or number; a Learner and a run know theirs
     start:str|int=0, # The class that is dropped at first
@@ -384,7 +386,7 @@ def cell_buttons(
 
 # %% ../../nbs/66_analysis.widgets.ipynb #dd425c4d
 def colocation_explorer(
-    model, # Run folder, `Run`, Learner, or network
+    model, # Learner, `Run`, or network
     data=None, # Batches of images and labels; None takes those of the Learner or run
     spec=None, # Classes: `ClassSpec`, names or number; a Learner and a run know theirs
     fill='mean', # What erased pixels become, as in `colocation`

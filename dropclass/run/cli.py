@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['in_command', 'one_line_errors', 'read_size', 'read_options', 'read_times', 'make_config', 'folder_config',
            'default_folder', 'train_command', 'method_options', 'show_recipes', 'train', 'compare', 'predict', 'audit',
-           'demo_configs', 'train_side_by_side', 'demo_verdict', 'demo']
+           'tune', 'demo_configs', 'train_side_by_side', 'demo_verdict', 'demo']
 
 # %% ../../nbs/72_run.cli.ipynb #cfa621bb
 import ast
@@ -24,19 +24,28 @@ from typing import Annotated
 
 from fastcore.script import call_parse, is_cli
 
+# %% ../../nbs/72_run.cli.ipynb #8c7da362
+if __name__=='__main__':
+    from dropclass.run.cli import train
+    raise SystemExit(train())
+
 # %% ../../nbs/72_run.cli.ipynb #c986534a
 def in_command(
 ) -> bool: # Was one of the functions below started from the command line?
     "Tell a command of ours from a call in Python, also where another command runs us."
-    return any(is_cli(globals().get(o)) for o in ('train','compare','predict','demo','audit') if o in globals())
+    return any(is_cli(globals().get(o)) for o in ('train','compare','predict','demo','audit','tune') if o in globals())
 
 # %% ../../nbs/72_run.cli.ipynb #7a67c58a
+def _plain_words(error):
+    "An error in one line, without what fastai adds to one from a callback."
+    return ' '.join(re.sub(r'Exception occured in `\w+` when calling event `\w+`:', '', str(error)).split())
+
 @contextmanager
 def one_line_errors(
     debug:bool=False, # Show the traceback?
     interrupted=lambda: "", # Makes the sentence that says, after Ctrl-C, what is left
 ):
-    "In a command, turn errors of the user's into one line and exit code 2, and Ctrl-C into 130."
+    "In a command, turn errors of the user's into one line and exit code 2, a diverged training into 1, and Ctrl-C into 130."
     if in_command(): warnings.filterwarnings('ignore', category=FutureWarning)
     try: yield
     except KeyboardInterrupt:
@@ -46,10 +55,11 @@ def one_line_errors(
     except BrokenPipeError: # The reader, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(141) from None
-    except (ValueError, OSError, ImportError) as e:
+    except (ValueError, OSError, ImportError, FloatingPointError) as e:
         if debug or not in_command(): raise
-        if os.environ.get('LOCAL_RANK', '0')=='0': print(f"Error: {' '.join(str(e).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+        diverged = isinstance(e, FloatingPointError) # What may befall any one of several processes
+        if diverged or os.environ.get('LOCAL_RANK', '0')=='0': print(f"Error: {_plain_words(e)}", file=sys.stderr)
+        raise SystemExit(1 if diverged else 2) from None
 
 # %% ../../nbs/72_run.cli.ipynb #01c074b6
 def read_size(
@@ -142,11 +152,8 @@ def _report(run):
     print(f"\nImages, truth and prediction: {run.folder/'examples.png'}\nTo compare: dropclass-compare {run.folder} OTHER_RUN", flush=True)
 
 def _after_interrupt(out):
-    "Say what an interrupted run left behind; leave nothing if no epoch was finished."
-    out = Path(out)
-    if (out/'checkpoint.pt').is_file(): return f"The last finished epoch is kept; go on with: dropclass-train --resume --out {out}"
-    from dropclass.run.experiment import clear_unstarted
-    clear_unstarted(out)
+    "Say what an interrupted run left behind."
+    if (Path(out)/'checkpoint.pt').is_file(): return f"The last finished epoch is kept; go on with: dropclass-train --resume --out {out}"
     return "No epoch was finished, so nothing is left to continue."
 
 def _terminal_bar():
@@ -312,13 +319,44 @@ def audit(
 ):
     "Report what a trained network leans on, mixes up and misses."
     with one_line_errors(debug, lambda: "Nothing was written."):
-        from dropclass.analysis.audit import audit_files, audit_summary, check_report
+        from dropclass.analysis.audit import audit_summary, check_report
+        from dropclass.run.audit import audit_files
         if out: check_report(out)
         split = lambda text: [o for o in (text or '').split(',') if o]
         found = audit_files(runs, split(model), split(arch), data, classes, read_size(size), path_of, device, test=test, fill=fill, max_images=max_images, progress=not quiet and sys.stdout.isatty())
         files = found.report(out or Path('audit-'+'-'.join(o.label for o in found.networks)))
         if found.cut_short: print(f"Cut short: looked at {found.images} of {found.total} images.")
         print('\n'.join([*audit_summary(found), f"\nWritten: {files[0]}"+(f", and the same as {files[1].name} and JSON beside it" if len(files)>3 else '')]))
+        return files
+
+# %% ../../nbs/72_run.cli.ipynb #5b424849
+@call_parse
+def tune(
+    run:Annotated[Path, {'nargs':'?'}]=None, # A run's folder; tuning.json and tuning.png go there
+    model:Path=None, # Weights of a network instead, .safetensors or .pth
+    arch:str=None, # Its architecture: small, torchvision:NAME, timm:NAME, smp:ARCH:ENCODER ...
+    data:Path=None, # With --model: folder with images, masks and classes.txt, or a copy of CamVid
+    weights:str=None, # With --model: class weights it was trained with, commas between (none)
+    size:str=None, # With --model: height x width to bring the images to, such as 192x256
+    on:str='train', # Images of a run to tune on: train, or valid
+    metric:str='miou', # What to maximise: miou or rare_miou
+    out:Path=None, # With --model: folder for tuning.json and tuning.png (tuning)
+    debug:bool=False, # Show the traceback of an error
+):
+    "Find in one pass how far the class bias of a trained network should be taken back."
+    with one_line_errors(debug, lambda: "Nothing was written."):
+        from dropclass.run.experiment import load_run
+        from dropclass.run.tune import save_tuning, tune_file, tune_run
+        if (run is None)==(model is None): raise ValueError("Give a run's folder, or --model with --arch and --data: one of the two")
+        if run is not None:
+            opened = load_run(run)
+            found,names,out = tune_run(opened, on, metric),list(opened.spec.names),run
+        else:
+            if arch is None or data is None: raise ValueError("--model needs --arch, its architecture, and --data, labelled images")
+            given = None if weights is None else [float(o) for o in weights.split(',')]
+            found,names = tune_file(model, arch, data, given, read_size(size), metric)
+        files = save_tuning(found, out or Path('tuning'), names)
+        print(f"{found}\n\n{found.table().round(1).to_string()}\n\n{found.classes(names).round(1).to_string()}\n\nWritten: {files[0]}, {files[1].name}")
         return files
 
 # %% ../../nbs/72_run.cli.ipynb #b89aa1f8
@@ -340,17 +378,19 @@ def demo_configs(
 def _demo_worker():
     "Train one run of the demo; the arguments are a configuration and a folder."
     warnings.filterwarnings('ignore')
-    from dropclass.run.experiment import clear_unstarted, train_run
+    from dropclass.run.experiment import clear_unstarted, hold_folder, train_run
     out = Path(sys.argv[2])
     resume = (out/'checkpoint.pt').is_file()
-    if not resume: clear_unstarted(out)
+    with hold_folder(out):
+        if not resume: clear_unstarted(out, remove=False)
     try: train_run(make_config(json.loads(sys.argv[1])), out, resume, progress=False, write=lambda o: print(o, flush=True))
     except KeyboardInterrupt: raise SystemExit(130) from None
 
 def _start(config, out):
     "Start one run in a process of its own, with one thread; what it prints goes to a log."
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'MKL_NUM_THREADS':'1', 'PYTHONUNBUFFERED':'1'}
-    with open(out.with_suffix('.log'), 'w') as log:
+    out.with_suffix('.log').unlink(missing_ok=True) # A link there must not lead elsewhere
+    with open(out.with_suffix('.log'), 'x') as log:
         return subprocess.Popen([sys.executable, '-c', 'from dropclass.run.cli import _demo_worker; _demo_worker()', json.dumps(config), str(out)],
                                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
 

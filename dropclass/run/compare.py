@@ -303,7 +303,7 @@ def save_comparison(
 ) -> Path: # The file
     "Write a comparison to a file."
     from dropclass.core import check_choice
-    from dropclass.run.experiment import writing
+    from dropclass.core import writing
     file = Path(file)
     kind = check_choice(file.suffix.lower(), ['.csv','.md','.png','.svg','.pdf'], f"the ending of {file.name}")
     with writing(file) as temp:
@@ -572,7 +572,7 @@ def _trained_size(config):
 def _network(model, spec, size, path, device=None):
     "The network in evaluation mode, its classes, and how it is shown images."
     from dropclass.core import check_choice, check_device
-    from dropclass.head import get_head
+    from dropclass.surgery import get_head
     from dropclass.run.experiment import ON_CANVAS, load_run
     show = dict(size=size)
     if isinstance(model, (str,Path)): model = load_run(read_run(model).folder)
@@ -603,7 +603,7 @@ def predict_images(
     "Label images with a trained network, and write masks and overlays."
     from dropclass.core import check_unit
     from dropclass.data.core import read_image
-    from dropclass.run.experiment import writing
+    from dropclass.core import writing
     check_unit(alpha, 'alpha')
     model,spec,show = _network(model, spec, size, path, device)
     plan = _plan_outputs(find_images(images), Path(out), overwrite)

@@ -49,6 +49,11 @@ def weigh_loss(
 # %% ../../nbs/73_run.distributed.ipynb #2ee0f500
 class RankTrainer(DistributedTrainer):
     "Train over all ranks with the gradient of the joined batch."
+    def __init__(self,
+        sync_bn:bool=True, # One mean and variance of BatchNorm over all ranks? On GPUs only
+        **kwargs, # Options of `accelerate.Accelerator`
+    ): super().__init__(sync_bn, **kwargs)
+
     def before_fit(self):
         self.sync_bn = self.sync_bn and torch.cuda.is_available()
         super().before_fit()
@@ -85,8 +90,3 @@ def over_ranks(
         learn.remove_cb(RankTrainer)
         learn.add_cbs(bars)
         learn.model = get_model(learn.model) # An interrupted fit leaves it wrapped
-
-# %% ../../nbs/73_run.distributed.ipynb #77bda9c2
-if __name__=='__main__':
-    from dropclass.run.cli import train
-    train()

@@ -1,0 +1,314 @@
+"The house: a module imports only from floors below it and never in a circle, `import dropclass` is light, and lines stay short."
+import ast
+import importlib
+import io
+import json
+import subprocess
+import sys
+import tokenize
+from collections import Counter
+from importlib.util import find_spec, resolve_name
+from pathlib import Path
+
+import pytest
+
+import dropclass
+
+root = Path(__file__).parents[1]
+package = root/'dropclass'
+
+# ---- floors, the lowest first
+
+FLOORS = dict(
+    basis='core testing',
+    method='importance features losses schedules fused',
+    network='models head surgery fold ranks',
+    measuring='metrics stats',
+    training='callback rivals paste prior',
+    data='data',
+    analysis='analysis',
+    run='run')
+FLOOR = {o: i for i,names in enumerate(FLOORS.values()) for o in names.split()}
+
+# Imports from above that are still there; whoever mends one takes it out of this list
+FROM_ABOVE = {('callback', 'data.core'), ('rivals', 'data.camvid')}
+
+
+def module_name(path, package):
+    "'data.core' for PACKAGE/data/core.py."
+    return '.'.join(path.relative_to(package).with_suffix('').parts).removesuffix('.__init__')
+
+
+def imports(source, name, top, is_module):
+    "All (module, name) that a source imports from its own package, inside functions too; the name is None for a whole module."
+    parent = f'{top}.{name}'.rpartition('.')[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import): found = [(o.name, None) for o in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name('.'*node.level+(node.module or ''), parent) if node.level else node.module
+            found = [(f'{base}.{o.name}', None) if is_module(f'{base}.{o.name}') else (base, o.name) for o in node.names]
+        else: continue
+        inside = [(module.removeprefix(f'{top}.'), o) for module,o in found if module.startswith(f'{top}.')]
+        yield from (o for o in inside if o[0]!=name) # A module that is started may import itself
+
+
+def read_package(package):
+    "The imports of every module: name -> {(module, name)}."
+    sources = {module_name(o, package): o.read_text(encoding='utf-8') for o in sorted(package.rglob('*.py'))}
+    is_module = lambda o: o.removeprefix(f'{package.name}.') in sources
+    return {k: set(imports(v, k, package.name, is_module)) for k,v in sources.items()}
+
+
+def circles(graph):
+    "Modules on or above a circle: what imports nothing that is left is taken away, until nothing changes."
+    graph = {k: set(v) for k,v in graph.items()}
+    while free := [k for k,v in graph.items() if not v&set(graph)]:
+        for o in free: del graph[o]
+    return sorted(graph)
+
+
+def from_above(graph, floor):
+    "Pairs (module, what it imports) where the second stands on a higher floor."
+    level = lambda o: floor[o.partition('.')[0]]
+    return {(k, o) for k,v in graph.items() for o in v if level(o)>level(k)}
+
+
+def private(found):
+    "Imports of names that belong to another module alone."
+    return {(k, module, o) for k,v in found.items() for module,o in v if o and o.startswith('_') and not o.startswith('__')}
+
+
+@pytest.fixture(scope='module')
+def found(): return read_package(package)
+
+@pytest.fixture(scope='module')
+def graph(found): return {k: {module for module,_ in v} for k,v in found.items() if k not in ('__init__', '_modidx')}
+
+
+def test_checks_see_what_is_wrong(tmp_path):
+    "A house with every fault there is."
+    house = tmp_path/'house'
+    (house/'top').mkdir(parents=True)
+    sources = {'__init__':'', 'top/__init__':'', 'alone':'import house.alone', 'base':'import ast', 'low':'import house.top.high',
+               'top/high':'from ..low import _secret, __all__\nfrom . import other', 'top/other':'def f():\n    from house.top.high import a\n'}
+    for name,text in sources.items(): (house/f'{name}.py').write_text(text)
+    seen = read_package(house)
+    graph = {k: {module for module,_ in v} for k,v in seen.items()}
+    assert graph=={'__init__':set(), 'top':set(), 'alone':set(), 'base':set(),
+                   'low':{'top.high'}, 'top.high':{'low','top.other'}, 'top.other':{'top.high'}}
+    assert circles(graph)==['low', 'top.high', 'top.other']
+    assert from_above(graph, dict(__init__=0, base=0, alone=0, low=0, top=1))=={('low', 'top.high')}
+    assert private(seen)=={('top.high', 'low', '_secret')}
+
+
+def test_every_module_has_a_floor(graph):
+    assert {o.partition('.')[0] for o in graph}<=set(FLOOR)
+
+
+def test_no_circle(graph):
+    assert not circles(graph), "these modules import each other, perhaps inside functions"
+
+
+def test_imports_come_from_below(graph):
+    above = from_above(graph, FLOOR)
+    assert not above-FROM_ABOVE, "a module imports only from its own floor and those below: pass what it needs, or move it up"
+    assert not FROM_ABOVE-above, "mended: take these out of FROM_ABOVE"
+
+
+def test_no_private_names_of_others(found):
+    assert not private(found), "a name that two modules use is public"
+
+
+# ---- what an import costs
+
+def loaded(code, *starts):
+    "Modules that are loaded after some code ran in a new process."
+    code += '\nimport sys, json; print(json.dumps(sorted(sys.modules)))'
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout
+    return [o for o in json.loads(out) if o.startswith(starts)]
+
+
+def test_the_package_alone_loads_nothing():
+    assert loaded('import dropclass', 'dropclass', 'torch', 'fastai', 'numpy', 'pandas')==['dropclass']
+
+
+@pytest.mark.skipif(('callback', 'data.core') in FROM_ABOVE, reason="the callback still counts pixels by a data module")
+def test_the_callback_needs_no_laboratory():
+    assert not loaded('import dropclass.callback', 'dropclass.data', 'dropclass.analysis', 'dropclass.run')
+
+
+# ---- names of the package itself
+
+def test_names_of_the_package():
+    "Every name that `dropclass` offers is that of its module, once the module is there; other names are an error."
+    here = {name: module for name,module in dropclass.NAMES.items() if find_spec(f'dropclass.{module}')}
+    assert len(here)>10
+    for name,module in here.items():
+        assert getattr(dropclass, name) is getattr(importlib.import_module(f'dropclass.{module}'), name)
+    assert set(dropclass.NAMES)<=set(dropclass.__all__) and set(dropclass.__all__)<=set(dir(dropclass))
+    with pytest.raises(AttributeError, match="no attribute 'add_dropclas'"): dropclass.add_dropclas
+
+
+def test_names_do_not_hide_modules():
+    assert not {o for o in dropclass.NAMES if find_spec(f'dropclass.{o}')}
+
+
+# ---- lines
+
+LIMIT = 120
+# Modules are made of the notebooks, so of the package itself only what is written by hand is counted
+NOTEBOOKS = [o for o in (root/'nbs').rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(root).parts)]
+CODE = sorted([package/'__init__.py', *(root/'tests').rglob('*.py'), *(root/'benchmarks').rglob('*.py'), *NOTEBOOKS])
+name_of = lambda o: o.relative_to(root).as_posix()
+
+# Files that still have such lines; whoever cleans one takes it out of this list
+TOO_LONG = set('''
+benchmarks/all.py
+benchmarks/audit.py
+benchmarks/camvid/pack.py
+benchmarks/camvid/run.py
+benchmarks/classes.py
+benchmarks/common.py
+benchmarks/data_loading.py
+benchmarks/drop_effect.py
+benchmarks/evidence.py
+benchmarks/fused_loss.py
+benchmarks/harbour_drop.py
+benchmarks/image_size.py
+benchmarks/inference.py
+benchmarks/memory.py
+benchmarks/parts.py
+benchmarks/plain_deeplab.py
+benchmarks/scenes/confused.py
+benchmarks/schedule.py
+benchmarks/step_time.py
+dropclass/__init__.py
+nbs/00_core.ipynb
+nbs/01_testing.ipynb
+nbs/10_importance.ipynb
+nbs/11_features.ipynb
+nbs/12_losses.ipynb
+nbs/13_schedules.ipynb
+nbs/20_head.ipynb
+nbs/23_models.ipynb
+nbs/30_callback.ipynb
+nbs/33_rivals.ipynb
+nbs/35_fused.ipynb
+nbs/36_ranks.ipynb
+nbs/40_data.core.ipynb
+nbs/41_data.scenes.ipynb
+nbs/42_data.camvid.ipynb
+nbs/43_data.folder.ipynb
+nbs/44_data.cityscapes.ipynb
+nbs/45_data.voc.ipynb
+nbs/46_data.ade20k.ipynb
+nbs/47_data.sampling.ipynb
+nbs/50_metrics.ipynb
+nbs/60_analysis.paper.ipynb
+nbs/61_analysis.context.ipynb
+nbs/62_analysis.entanglement.ipynb
+nbs/63_analysis.figures.ipynb
+nbs/64_analysis.bias.ipynb
+nbs/65_analysis.audit.ipynb
+nbs/66_analysis.widgets.ipynb
+nbs/67_analysis.drop.ipynb
+nbs/70_run.experiment.ipynb
+nbs/71_run.compare.ipynb
+nbs/72_run.cli.ipynb
+nbs/73_run.distributed.ipynb
+nbs/75_run.audit.ipynb
+nbs/analyses/10_camvid_first_look.ipynb
+nbs/analyses/20_demo_regime.ipynb
+nbs/analyses/30_evidence_camvid.ipynb
+nbs/analyses/30_evidence_scenes.ipynb
+nbs/analyses/40_camvid.ipynb
+nbs/analyses/50_when_does_it_help.ipynb
+nbs/analyses/60_what_a_drop_takes.ipynb
+nbs/benchmarks/10_training_step.ipynb
+nbs/benchmarks/20_growth.ipynb
+nbs/benchmarks/30_memory_data_audit.ipynb
+nbs/explanations/05_why_drop_classes.ipynb
+nbs/explanations/10_algorithm_1.ipynb
+nbs/explanations/15_paper_to_code.ipynb
+nbs/explanations/20_choices_and_deviations.ipynb
+nbs/explanations/30_any_network.ipynb
+nbs/explanations/40_many_machines.ipynb
+nbs/index.ipynb
+nbs/tutorials/10_quick_start.ipynb
+nbs/tutorials/20_your_model_and_data.ipynb
+nbs/tutorials/30_reading_an_audit.ipynb
+nbs/tutorials/40_explore_with_widgets.ipynb
+nbs/tutorials/50_plain_pytorch.ipynb
+tests/conftest.py
+tests/offline/sitecustomize.py
+tests/test_analysis.py
+tests/test_analysis_surprises.py
+tests/test_audit.py
+tests/test_benchmarks.py
+tests/test_browser.py
+tests/test_callback.py
+tests/test_camvid_plan.py
+tests/test_cli.py
+tests/test_data.py
+tests/test_data_surprises.py
+tests/test_datasets.py
+tests/test_distributed.py
+tests/test_experiment.py
+tests/test_export.py
+tests/test_fused.py
+tests/test_house.py
+tests/test_losses_properties.py
+tests/test_method_properties.py
+tests/test_metrics_oracle.py
+tests/test_package.py
+tests/test_precision.py
+tests/test_scenes.py
+tests/test_site.py
+tests/test_surprises.py
+tests/test_zoo.py
+'''.split())
+
+
+def code_cells(path):
+    "The source of a file, or of each code cell of a notebook."
+    text = path.read_text(encoding='utf-8')
+    if path.suffix!='.ipynb': return [text]
+    cells = [''.join(o['source']) for o in json.loads(text)['cells'] if o['cell_type']=='code']
+    return [o.replace('import nbdev; nbdev.nbdev_export()', '') for o in cells] # As nbdev writes it into every notebook
+
+
+def semicolons(source):
+    "Lines with a semicolon between statements; one at the end of a cell only keeps Jupyter silent."
+    source = source.rstrip().removesuffix(';')
+    try: tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (tokenize.TokenError, IndentationError): return [] # A cell of shell commands
+    return [o.start[0] for o in tokens if o.type==tokenize.OP and o.string==';']
+
+
+def line_faults(path):
+    "Lines that are too long, and statements behind a semicolon."
+    faults = []
+    for cell in code_cells(path):
+        lines = cell.splitlines()
+        faults += [f'{len(o)} characters: {o.strip()[:60]}' for o in lines if len(o)>LIMIT]
+        faults += [f'semicolon: {lines[i-1].strip()[:60]}' for i in semicolons(cell)]
+    return faults
+
+
+def test_line_checks_see_what_is_wrong(tmp_path):
+    file = tmp_path/'a.py'
+    file.write_text('x = 1; y = 2\nz = ";"\n'+'w'*121+'\n')
+    assert line_faults(file)==['121 characters: '+'w'*60, 'semicolon: x = 1; y = 2']
+    file.write_text('plot();')
+    assert not line_faults(file)
+
+
+def test_listed_files_exist(): assert TOO_LONG<=set(map(name_of, CODE))
+
+
+@pytest.mark.parametrize('path', CODE, ids=name_of)
+def test_lines(path):
+    "At most 120 characters and one statement."
+    faults = line_faults(path)
+    if name_of(path) in TOO_LONG: assert faults, "clean: take this file out of TOO_LONG"
+    else: assert not faults, '\n'.join(faults)

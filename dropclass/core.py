@@ -132,6 +132,7 @@ class ClassSpec:
         if isinstance(self.names, str): raise TypeError(f"`names` must be a list of class names, got the text {self.names!r}: give ['road','car', ...]")
         names = tuple(map(str, self.names))
         colors = distinct_colors(len(names)) if self.colors is None else tuple(tuple(map(int, o)) for o in self.colors)
+        if self.ignore_index==len(names)-1>1: names,colors = names[:-1],colors[:len(names)-1] # The last name is void's
         check_num_classes(len(names))
         if not all(o.strip() for o in names): raise ValueError(f"Class {[bool(o.strip()) for o in names].index(False)} has no name: give each class one")
         twice = sorted({o for o in names if names.count(o)>1})

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, untar_data
 from ..core import VOID, ClassSpec, check_choice
-from .core import SegmentationItems, make_dls, pair_files, read_lines, workers_for, write_toy_folder
+from .core import SegmentationItems, inside, make_dls, pair_files, read_lines, workers_for, write_toy_folder
 from .split import split_pairs
 
 # %% ../../nbs/42_data.camvid.ipynb #96a1658d
@@ -37,7 +37,7 @@ def segnet_pairs(
     for i,line in enumerate(read_lines(listed)):
         parts = line.split()
         if len(parts)!=2: raise ValueError(f"Line {i+1} of {listed} should name an image and its mask, got {line!r}")
-        pairs.append(tuple(path.joinpath(*PurePosixPath(o).parts[-2:]) for o in parts))
+        pairs.append(tuple(inside(path, '/'.join(PurePosixPath(o).parts[-2:])) for o in parts))
     return pairs
 
 # %% ../../nbs/42_data.camvid.ipynb #af422695

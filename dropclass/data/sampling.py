@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from fastai.data.core import TfmdDL
 from ..core import class_index
+from .core import AimedClass, BatchTransform
 from ..stats import image_class_counts
 
 # %% ../../nbs/47_data.sampling.ipynb #536c4e06
@@ -56,7 +57,7 @@ def rarity_probs(
 
 # %% ../../nbs/47_data.sampling.ipynb #fbdd757f
 class RareClassDL(TfmdDL):
-    "A loader whose every draw picks a class by rarity, then an image that holds it."
+    "A loader whose every draw picks a class by rarity, then an image that holds it, then a window that shows it."
     def __init__(self,
         dataset, # Images and labels, with `spec`
         temperature:float|None=None, # T above; None samples as usual
@@ -71,8 +72,14 @@ class RareClassDL(TfmdDL):
             self.probs = rarity_probs(counts.sum(0)*held.any(0), temperature).tolist()
             self.holders = [o.nonzero().flatten().tolist() for o in held.T]
         super().__init__(dataset, **kwargs)
+        self.crops = any(isinstance(o, BatchTransform) for o in self.after_batch.fs)
 
-    def get_idxs(self):
+    def get_idxs(self): # A draw is one number, position + class * images, so that it survives workers and other processes
         if self.temperature is None or not self.shuffle: return super().get_idxs()
         classes = self.rng.choices(range(len(self.probs)), self.probs, k=self.n)
-        return [self.rng.choice(self.holders[c]) for c in classes]
+        return [self.rng.choice(self.holders[c])+c*len(self.dataset) for c in classes]
+
+    def create_item(self, s):
+        if s is None or self.temperature is None: return super().create_item(s)
+        label,i = divmod(s, len(self.dataset))
+        return (*self.dataset[i], AimedClass(label)) if self.crops else self.dataset[i]

@@ -147,23 +147,29 @@ def _best_swap(held, inside, out, enter, leave):
     return missing[a,b],enter[a],leave[b]
 
 # %% ../../nbs/48_data.split.ipynb #9ace6d1d
+def _improved(held, out, rng):
+    "The validation units after one swap for each class that is missing, the rarest first."
+    total = held.sum(0)
+    for c in total.argsort(kind='stable').tolist():
+        units = rng.sample(range(len(held)), len(held))
+        inside = held[sorted(out)].sum(0)
+        if not _missing(inside[[c]], total[[c]]): continue
+        enter,leave = [o for o in units if o not in out],[o for o in units if o in out]
+        if inside[c]==0: enter = [o for o in enter if held[o,c]]
+        else: leave = [o for o in leave if held[o,c]]
+        left,a,b = _best_swap(held, inside, out, enter, leave)
+        if left<_missing(inside, total): out = (out|{a})-{b}
+    return out
+
+# %% ../../nbs/48_data.split.ipynb #c57b6ca3
 def spread_classes(
     held:np.ndarray, # Does unit u hold class c? (U,C), bool
     out:set, # Positions of the validation units
     rng:random.Random, # Which of equal swaps is taken
 ) -> set: # Positions of the validation units, as many as before
     "Swap units until every class is on both sides, or no swap helps."
-    held,out = np.asarray(held).astype(np.int64),set(out)
-    total = held.sum(0)
-    for c in total.argsort(kind='stable').tolist():
-        units = rng.sample(range(len(held)), len(held))
-        inside = held[sorted(out)].sum(0)
-        if not _missing(inside[c], total[c]): continue
-        enter,leave = [o for o in units if o not in out],[o for o in units if o in out]
-        if inside[c]==0: enter = [o for o in enter if held[o,c]]
-        else: leave = [o for o in leave if held[o,c]]
-        left,a,b = _best_swap(held, inside, out, enter, leave)
-        if left<_missing(inside, total): out = (out|{a})-{b}
+    held,before = np.asarray(held).astype(np.int64),None
+    while before!=out: before,out = out,_improved(held, out, rng)
     return out
 
 # %% ../../nbs/48_data.split.ipynb #e6ef9371

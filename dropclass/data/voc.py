@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from fastai.data.core import DataLoaders
 from ..core import ClassSpec, check_choice
-from .core import FittedItems, find_root, make_dls, open_image, read_lines, workers_for
+from .core import FittedItems, find_root, inside, make_dls, open_image, read_lines, workers_for
 
 # %% ../../nbs/45_data.voc.ipynb #077c344f
 VOC_NAMES = ('background','aeroplane','bicycle','bird','boat','bottle','bus','car','cat','chair','cow','diningtable','dog','horse','motorbike','person','pottedplant','sheep','sofa','train','tvmonitor')
@@ -101,12 +101,12 @@ def _trainaug_pairs(root, sbd, around):
     "Name and mask of every augmented training image."
     listed = root/'ImageSets/Segmentation/trainaug.txt'
     if sbd is None and (root/'SegmentationClassAug').is_dir() and listed.is_file():
-        return [(o, root/f'SegmentationClassAug/{o}.png') for o in read_lines(listed)]
+        return [(o, inside(root, f'SegmentationClassAug/{o}.png')) for o in read_lines(listed)]
     sbd = find_root(around if sbd is None else sbd, ('cls',), SBD_LAYOUT, ('','benchmark_RELEASE/dataset','dataset','SBD','sbd'))
     train,val = (read_lines(root/f'ImageSets/Segmentation/{o}.txt') for o in ('train','val'))
     names = trainaug_names(train, val, [*read_lines(sbd/'train.txt'), *read_lines(sbd/'val.txt')])
     own = set(train)
-    return [(o, root/f'SegmentationClass/{o}.png' if o in own else sbd/f'cls/{o}.mat') for o in names]
+    return [(o, inside(root, f'SegmentationClass/{o}.png') if o in own else inside(sbd, f'cls/{o}.mat')) for o in names]
 
 def voc_pairs(
     path:str|Path, # Folder of VOC 2012
@@ -116,9 +116,9 @@ def voc_pairs(
     "List the images of one split with their labels."
     root = voc_root(path)
     if check_choice(split, ('train','val','trainval','trainaug'), 'split')=='trainaug': named = _trainaug_pairs(root, sbd, path)
-    else: named = [(o, root/f'SegmentationClass/{o}.png') for part in dict(trainval=('train','val')).get(split, (split,))
+    else: named = [(o, inside(root, f'SegmentationClass/{o}.png')) for part in dict(trainval=('train','val')).get(split, (split,))
                    for o in read_lines(root/f'ImageSets/Segmentation/{part}.txt')]
-    return [(root/f'JPEGImages/{o}.jpg', mask) for o,mask in named]
+    return [(inside(root, f'JPEGImages/{o}.jpg'), mask) for o,mask in named]
 
 # %% ../../nbs/45_data.voc.ipynb #b12f8064
 class VocItems(FittedItems):

@@ -273,7 +273,7 @@ def before_batch(self:DropClassCallback):
     if self.training:
         self.now,self.small = self.step_state(),self.small_route()
         wanted = dict(only=self.step_paths.path, shuffle=self.shuffle, small_only=self.small is not None)
-        self.drop_head.arm(self.keep_mask, self.now['lam'], **wanted)
+        self.drop_step = self.drop_head.arm(self.keep_mask, self.now['lam'], **wanted)
     elif self.both_paths: self.drop_head.arm(torch.ones(len(self.names)), in_eval=True)
 
 # %% ../nbs/30_callback.ipynb #45a3411b
@@ -315,6 +315,17 @@ def compare_paths(self:DropClassCallback,
 def before_validate(self:DropClassCallback):
     "Start the sums of the two validation losses."
     if not self.evaluating: self.valid_sums = [0., 0., 0.]
+
+# %% ../nbs/30_callback.ipynb #a1b9d0c3
+@patch
+def before_backward(self:DropClassCallback):
+    "Arm the head for layers that are computed again."
+    if not self.evaluating: self.drop_head.step = self.drop_step
+
+@patch
+def after_backward(self:DropClassCallback):
+    "Disarm it."
+    if not self.evaluating: self.drop_head.step = self.drop_step = None
 
 # %% ../nbs/30_callback.ipynb #e769c8ab
 def _names_pred(cb):

@@ -647,11 +647,11 @@ def test_copies_of_an_interrupted_model_are_disarmed(tmp_path):
     learn = toy_learner(cbs=DropClassCallback(), path=tmp_path)
     with pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=Interrupt('before_batch', False, 60))
     x = torch.stack([x for x,_ in learn.dls.valid.dataset])
-    assert get_head(learn.model).keep_mask is not None # Else this shows nothing
+    assert get_head(learn.model).step is not None # Else this shows nothing
     copied = copy.deepcopy(learn.model)
     torch.save(learn.model, tmp_path/'model.pt')
     for model in (copied, torch.load(tmp_path/'model.pt', weights_only=False)):
-        assert get_head(model).keep_mask is None
+        assert get_head(model).step is None
         assert model.eval()(x).shape==(len(x), 4, 16, 16)
 
 

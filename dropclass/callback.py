@@ -261,7 +261,7 @@ def before_batch(self:DropClassCallback):
     self.now = plan = self.plan_step()
     plan.resize = self.small_route()
     wanted = dict(only=plan.paths.path, shuffle=plan.shuffle, small_only=plan.resize is not None)
-    self.drop_head.arm(plan.keep_mask, plan.lam, **wanted)
+    self.drop_step = self.drop_head.arm(plan.keep_mask, plan.lam, **wanted)
 
 # %% ../nbs/30_callback.ipynb #e769c8ab
 _COLLECTORS = ('CollectDataCallback', 'GatherPredsCallback') # fastai's own that keep the prediction in `after_batch`
@@ -502,6 +502,17 @@ def after_pred(self:DropClassHistory):
     if has_labels(self.loss_func, self.yb[0]):
         self.valid_sums = [a+len(plain)*b for a,b in zip(self.valid_sums, losses+[1.])]
     self.learn.pred = {'plain':plain, 'drop':drop}.get(head.predicts, (plain+drop)/2)
+
+# %% ../nbs/30_callback.ipynb #a1b9d0c3
+@patch
+def before_backward(self:DropClassCallback):
+    "Arm the head for layers that are computed again."
+    self.drop_head.step = self.drop_step
+
+@patch
+def after_backward(self:DropClassCallback):
+    "Disarm it."
+    self.drop_head.step = self.drop_step = None
 
 # %% ../nbs/30_callback.ipynb #fe3d74e6
 @patch(as_prop=True)

@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['plain_layer', 'folded_block', 'fold_head', 'fold_dropclass']
 
-# %% ../nbs/22_fold.ipynb #2d8a1fe3
+# %% ../nbs/22_fold.ipynb #225e5f29
+import warnings
+
 import torch
 from torch import nn, Tensor
 from .features import class_scale
 from .head import DropClassHead, conv_kind, kernel_of
-from .surgery import replace_head
+from .surgery import get_head, replace_head
 
 # %% ../nbs/22_fold.ipynb #24492860
 def plain_layer(
@@ -51,6 +53,8 @@ def _can_fold(head):
         f"head only, so the path {path!r} has no place for plain layers: {keep} and use `torch.export`")
 
 # %% ../nbs/22_fold.ipynb #7ae2cfce
+_ANSWERS = 'weight bias in_channels out_channels kernel_size stride padding dilation groups'.split() # As a layer does
+
 def fold_head(
     head:DropClassHead, # The head
 ) -> nn.Module: # The classifier, or `nn.Sequential` of plain convolutions and ReLUs
@@ -68,12 +72,17 @@ def fold_head(
             carry,half = torch.eye(mix.shape[1]).to(bias),kernel_of(layer)/2 # A+ and A- pass the ReLU as they are
             mix,bias = torch.cat([carry, mix]),torch.cat([bias.new_zeros(len(carry)), bias])
             layer = plain_layer(layer, torch.cat([s*half for s in signs]+[half], 1), layer.bias, tapped=True)
-        layers += [plain_layer(head.classifier, mix, bias), nn.ReLU(), layer]
-    return nn.Sequential(*layers).train(head.training)
+    chain = nn.Sequential(*layers, plain_layer(head.classifier, mix, bias), nn.ReLU(), layer)
+    vars(chain).update({k:getattr(layer, k) for k in _ANSWERS if hasattr(layer, k)})
+    return chain.train(head.training)
 
 # %% ../nbs/22_fold.ipynb #441060bc
 def fold_dropclass(
     model:nn.Module, # A model with a head; changed in place
 ) -> nn.Module: # The same model with plain layers in the head's place
     "Replace the head by plain layers with the same output in evaluation mode."
+    path = getattr(get_head(model), 'predicts', 'plain')
+    if path!='plain' and any(hasattr(m, 'save_pretrained') for m in model.modules()):
+        warnings.warn("`save_pretrained` writes the configuration of a network without the folded layers, which "
+            "`from_pretrained` would build with a random classifier: save `model.state_dict()`, or export the model")
     return replace_head(model, fold_head)

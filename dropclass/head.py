@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from fastcore.basics import patch
@@ -52,10 +53,11 @@ def _spectral_weight(hook, layer):
 def kernel_of(
     layer:nn.Module, # A layer that `has_kernel`
 ) -> Tensor: # Its weight (C,K,...), as the next forward will use it
-    "Read a weight; weight and spectral norm make theirs anew in each forward, so do it here too."
+    "Read a weight; norms and pruning make theirs anew in each forward, so do it here too."
     for hook in layer._forward_pre_hooks.values():
         if isinstance(hook, WeightNorm): return hook.compute_weight(layer)
         if isinstance(hook, SpectralNorm): return _spectral_weight(hook, layer)
+        if isinstance(hook, BasePruningMethod) and hook._tensor_name=='weight': return hook.apply_mask(layer)
     return layer.weight
 
 # %% ../nbs/20_head.ipynb #6ad4da76
@@ -87,7 +89,7 @@ def _block_for(classifier, channels=None, num_classes=None, dims=2, **kwargs):
     kwargs.update(conv=kind or list(_NORMS)[dims-1], device=weight.device, dtype=weight.dtype)
     return compensation_block(channels or classifier.in_channels, **kwargs),num_classes or classifier.out_channels
 
-# %% ../nbs/20_head.ipynb #785e06d9
+# %% ../nbs/20_head.ipynb #887d0c40
 class StandIn(nn.Module):
     "Stands where a network's classifier was, and answers for it."
     def __init__(self,
@@ -95,7 +97,7 @@ class StandIn(nn.Module):
         beside=(), # Other convolutions whose scores are added to the classifier's, as `add_dropclass` hooks them
     ):
         super().__init__()
-        self.classifier,self.beside = classifier,tuple(beside)
+        self.classifier,self.beside,self.more = classifier,tuple(beside),((),{})
 
     def __getattr__(self, name):
         "Answer for the classifier what this module does not have: `weight`, `bias`, `in_channels`, ..."
@@ -105,23 +107,26 @@ class StandIn(nn.Module):
             if classifier is None or name.startswith('_'): raise
             return getattr(classifier, name)
 
-# %% ../nbs/20_head.ipynb #76dd938b
+# %% ../nbs/20_head.ipynb #44aeec91
 @patch
 def classify(self:StandIn,
     features:Tensor, # Features (N,K,h1,w1)
 ) -> Tensor: # Logits (N,C,h1,w1)
     "Run the plain classifier on features whose channels come second."
-    layer = self.classifier
+    layer,(args,kwargs) = self.classifier,self.more
     if isinstance(layer, nn.Linear): return layer(features.transpose(1, -1)).transpose(1, -1)
-    if not self.beside: return layer(features)
+    if not self.beside: return layer(features, *args, **kwargs)
     *parts,last = features.split([o.conv.in_channels for o in self.beside]+[layer.in_channels], 1)
     return sum((o.scores(x) for o,x in zip(self.beside, parts)), layer(last))
 
 @patch
 def forward(self:StandIn,
-    features:Tensor, # Features (N,K,h1,w1); channels last if the classifier is linear
+    *args, # Features (N,K,h1,w1), channels last if the classifier is linear; then what else the classifier takes
+    **kwargs, # The same by name: `input` for the features, `output_size` for a transposed convolution
 ) -> Tensor: # Logits (N,C,h1,w1), in the same layout
     "Answer in the classifier's own layout."
+    features,*args = args or [kwargs.pop('input' if 'input' in kwargs else next(iter(kwargs)))]
+    self.more = args,kwargs
     if isinstance(self.classifier, nn.Linear): return self.answer(features.transpose(1, -1)).transpose(1, -1)
     return self.answer(torch.cat([*(o.take() for o in self.beside), features], 1) if self.beside else features)
 
@@ -298,6 +303,8 @@ def answer_unarmed(self:DropClassHead,
     learns = torch.is_grad_enabled()
     if not learns and self.predicts!='plain': self.drop_logits(features) # The block has statistics too
     if learns and not self.warned:
+        if torch._C._current_graph_task_id()!=-1: raise RuntimeError("The head runs again inside the backward pass, as "
+            "activation checkpointing does, and its step is over: call `loss.backward()` inside `head.dropping(...)`")
         self.warned = True
         self.mark_trained(False)
         warnings.warn("A model with a DropClassHead trains without a keep mask, so its drop path learns nothing, and "
@@ -392,13 +399,22 @@ def split_paths(
 
 # %% ../nbs/20_head.ipynb #bd1fc5c2
 @patch
+def state_dict(self:DropClassHead, *args, **kwargs):
+    "All weights, the classifier's under the names that they have without the head."
+    found,prefix = nn.Module.state_dict(self, *args, **kwargs),kwargs.get('prefix', '')
+    inner = prefix+'classifier.'
+    for k in [k for k in found if k.startswith(inner)]: found[prefix+k[len(inner):]] = found.pop(k)
+    return found
+
+@patch
 def _load_from_state_dict(self:DropClassHead, state_dict, prefix, *args):
-    "Accept the plain network's checkpoint: move its keys, keep the block's weights, and let the plain path answer."
+    "Accept a plain checkpoint, too: then keep the block's weights, and let the plain path answer."
     own = [prefix+k for k in self.classifier.state_dict()]
+    block = {k:v for k,v in self.state_dict(prefix=prefix).items() if k not in own}
     if all(k in state_dict for k in own):
         for k in own: state_dict[prefix+'classifier.'+k[len(prefix):]] = state_dict.pop(k)
-        kept = {**self.state_dict(prefix=prefix), prefix+'drop_trained':torch.zeros_like(self.drop_trained)}
-        for k,v in kept.items(): state_dict.setdefault(k, v)
+        block[prefix+'drop_trained'] = torch.zeros_like(self.drop_trained)
+        for k,v in block.items(): state_dict.setdefault(k, v)
     nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
     self._drop_trained = bool(self.drop_trained>=.5)
 

@@ -9,15 +9,19 @@ import torch
 from fastai.vision.all import Callback, Datasets, FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, SchedLin, load_learner
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils.checkpoint import checkpoint
 
 from dropclass.rivals import FadeWeightsCallback, IgnoreLabelCallback, OhemLoss
 from dropclass.analysis.ablations import DrawPresent, DrawRare, DrawWeighted
 from dropclass.callback import DropClassCallback
-from dropclass.core import VOID, check_num_classes
+from dropclass.core import VOID, check_num_classes, eval_mode
 from dropclass.fused import resize_cross_entropy
 from dropclass.head import split_paths
-from dropclass.surgery import add_dropclass, get_head, inspect_classifier, resize_behind
+from dropclass.fold import fold_dropclass
+from dropclass.losses import dropclass_loss
+from dropclass.surgery import add_dropclass, get_head, inspect_classifier, make_probe, remove_dropclass, resize_behind
 from dropclass.testing import ToyNet, toy_batch, toy_dls, toy_learner
 
 pytestmark = pytest.mark.filterwarnings('ignore:load_learner', 'ignore:.*insecure.*')
@@ -497,6 +501,188 @@ def test_a_plain_fit_after_dropclass_answers_by_the_plain_path():
         assert get_head(learn.model).predicts=='drop'
         with pytest.warns(UserWarning, match='the plain path answers again'): learn.fit(1)
         assert get_head(learn.model).predicts=='plain'
+
+
+# ---- what new users brought: does a drop reach its class?
+
+def reach(model, head, x, c=1):
+    "How much the drop path's logit of class c changes when the class is dropped, beside how much it varies."
+    with torch.no_grad():
+        out = []
+        for keep in (1., 0.):
+            keep_mask = torch.ones(4)
+            keep_mask[c] = keep
+            with eval_mode(model), head.dropping(keep_mask, in_eval=True): out.append(split_paths(model(x), len(x))[1][:,c])
+    return ((out[0]-out[1]).abs().mean()/out[0].std()).item()
+
+
+class Skips(ToyNet):
+    "Scores of two levels are added at the size of the finer one, as in FCN-8s."
+    def __init__(self):
+        super().__init__()
+        self.deep,self.score_deep = nn.Conv2d(8, 8, 3, stride=2, padding=1),nn.Conv2d(8, 4, 1)
+    def forward(self, x):
+        features = self.backbone(x)
+        deep = self.score_deep(self.deep(features).relu())
+        return self.classifier(features)+F.interpolate(deep, size=features.shape[2:], mode='bilinear')
+
+
+class Lora(nn.Module):
+    "A convolution with an adapter beside it."
+    def __init__(self, base, rank=2, scale=4.):
+        super().__init__()
+        self.base,self.a,self.b,self.scale = base,nn.Conv2d(8, rank, 1, bias=False),nn.Conv2d(rank, 4, 1, bias=False),scale
+    def forward(self, x): return self.base(x)+self.scale*self.b(self.a(x))
+
+
+class Corrected(ToyNet):
+    "A residual that has learned something."
+    def __init__(self):
+        super().__init__()
+        self.refine = nn.Conv2d(4, 4, 3, padding=1)
+    def forward(self, x):
+        scores = self.classifier(self.backbone(x))
+        return scores+self.refine(scores.relu())
+
+
+def test_scores_of_several_sizes_are_no_one_classifier():
+    "The error proposes none of them; one that is named all the same is called a part."
+    with pytest.raises(ValueError, match='has several classifiers: score_deep, classifier') as error: add_dropclass(Skips())
+    assert 'classifier=' not in str(error.value)
+    with pytest.warns(UserWarning, match='passes score_deep: a drop there leaves the rest'): add_dropclass(Skips(), classifier='score_deep')
+
+
+def test_an_adapter_and_its_convolution_are_one_classifier():
+    model,(x, _) = ToyNet(),toy_batch()
+    model.classifier = Lora(model.classifier)
+    head = add_dropclass(model)
+    assert model.classifier is head and head.form=='autograd' and reach(model, head, x)>.02
+    partly = ToyNet()
+    partly.classifier = Lora(partly.classifier)
+    with pytest.warns(UserWarning, match='a drop there leaves'): partly_head = add_dropclass(partly, classifier='classifier.b')
+    assert partly_head.compensation[0].in_channels==2 and head.compensation[0].in_channels==8
+
+
+def test_a_refinement_is_not_the_classifier():
+    model,(x, _) = Corrected(),toy_batch()
+    head = add_dropclass(model)
+    assert model.classifier is head and reach(model, head, x)>.02
+
+
+def test_a_classifier_under_two_names():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            net = ToyNet()
+            self.parts,self.classifier = nn.Sequential(net.backbone, net.classifier),net.classifier
+        def forward(self, x): return self.parts(x)
+    for name in (None, 'classifier', 'parts.1'):
+        model,(x, _) = Twice(),toy_batch()
+        keys,before = list(model.state_dict()),model.eval()(x)
+        head = add_dropclass(model, classifier=name)
+        assert model.classifier is model.parts[1] is head
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+        assert torch.equal(model(x), before) and list(remove_dropclass(model).state_dict())==keys and torch.equal(model(x), before)
+
+
+def test_a_wrapped_network_is_refused():
+    "The wrapper shares only the weights that it found."
+    dist = torch.distributed
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(ToyNet())
+        with pytest.raises(ValueError, match='add the head first, then wrap'): add_dropclass(wrapped)
+        assert get_head(wrapped) is None
+    finally: dist.destroy_process_group()
+
+
+def test_a_pruned_classifier_drops_by_its_own_weight():
+    "The drop path alone runs, right after a step has moved the weight that the mask is put on."
+    model,(x, _) = ToyNet().train(),toy_batch()
+    prune.l1_unstructured(model.classifier, 'weight', amount=.5)
+    head = add_dropclass(model)
+    opt = torch.optim.SGD(model.parameters(), lr=.1)
+    for _ in range(2):
+        with head.dropping(torch.tensor([1.,0.,1.,1.]), only='drop'): model(x).square().mean().backward()
+        opt.step()
+        opt.zero_grad()
+        assert torch.equal(head.importance()[:,:,None,None], head.classifier.weight_orig*head.classifier.weight_mask)
+
+
+@pytest.mark.parametrize('how', ['by name', 'with a size'])
+def test_layers_that_are_called_in_other_ways(how):
+    class Called(ToyNet):
+        def __init__(self):
+            super().__init__()
+            if how=='with a size': self.classifier = nn.ConvTranspose2d(8, 4, 2, stride=2)
+        def forward(self, x):
+            if how=='with a size': return self.classifier(self.backbone(x), output_size=x.shape[2:])
+            return F.interpolate(self.classifier(input=self.backbone(x)), size=x.shape[2:], mode='bilinear')
+    torch.manual_seed(0)
+    model,(x, _) = Called(),toy_batch()
+    before = model.eval()(x)
+    head = add_dropclass(model)
+    assert torch.equal(model(x), before) and reach(model, head, x)>.02
+
+
+class Checkpointed(ToyNet):
+    "Computes its features and scores anew in the backward pass."
+    def __init__(self, on=True):
+        super().__init__()
+        self.on = on
+    def scores(self, x): return self.classifier(self.backbone(x))
+    def forward(self, x):
+        scores = checkpoint(self.scores, x, use_reentrant=False) if self.on and self.training else self.scores(x)
+        return F.interpolate(scores, size=x.shape[2:], mode='bilinear')
+
+
+def test_activation_checkpointing_in_a_loop():
+    "The head must be armed when it is computed again, else the error says so."
+    grads,(x, y) = [],toy_batch()
+    for on in (False, True):
+        torch.manual_seed(0)
+        model,keep_mask = Checkpointed(on),torch.tensor([1.,0.,1.,1.])
+        model.backbone[1].momentum = 0. # Or the batch would count twice
+        head = add_dropclass(model)
+        with head.dropping(keep_mask, .5):
+            dropclass_loss(*split_paths(model.train()(x), 4), y, keep_mask, .5).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        with head.dropping(keep_mask, .5): loss = dropclass_loss(*split_paths(model(x), 4), y, keep_mask, .5)
+        if on:
+            with pytest.raises(RuntimeError, match='call `loss.backward\\(\\)` inside'): loss.backward()
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_activation_checkpointing_with_the_callback(fused):
+    parts = []
+    for on in (False, True):
+        torch.manual_seed(0)
+        learn,cb = toy_learner(model=Checkpointed(on)),DropClassCallback(fused=fused)
+        learn.dls.train.rng.seed(0)
+        learn.fit(2, cbs=cb)
+        parts.append(torch.stack([o['parts'] for o in cb.rows]).nan_to_num())
+        assert cb.route.startswith('fused' if fused else 'stacked') and get_head(learn.model).step is None
+    assert torch.equal(*parts)
+
+
+def test_a_folded_classifier_answers_as_a_layer():
+    "Some networks ask their classifier for its type or stride while they run; copies and casts ask their own."
+    class Asks(ToyNet):
+        def forward(self, x):
+            assert self.classifier.stride==(1,1)
+            return super().forward(x.to(self.classifier.weight.dtype))
+    model,(x, _) = Asks().eval(),toy_batch()
+    add_dropclass(model, predict='drop')
+    before = model(x)
+    fold_dropclass(model)
+    twin = copy.deepcopy(model).double()
+    assert torch.allclose(model(x), before, atol=1e-5) and torch.allclose(twin(x).float(), before, atol=1e-5)
+    assert twin.classifier.weight is twin.classifier[-1].weight and len(model.classifier.state_dict())==4
+
+
+def test_volumes_are_probed_small():
+    assert make_probe(nn.Conv3d(1, 4, 3)).shape==(2, 1, 16, 16, 16)
 
 
 def test_one_channel_leaves_no_head_behind():

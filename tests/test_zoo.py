@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from dropclass.features import sample_keep_mask
 from dropclass.head import split_paths
+from dropclass.fold import fold_dropclass
 from dropclass.surgery import add_dropclass, find_classifier, get_head, inspect_classifier, main_output, remove_dropclass
 from dropclass.importance import resize_adjoint
 from dropclass.losses import dropclass_loss
@@ -163,8 +164,8 @@ nets = [
     Net(_mo, 'BasicUNet 3D', lambda: monai_net('BasicUNet', 3, features=(8,)*6), 'final_conv', shape=cube),
     Net(_mo, 'UNet 2D', lambda: monai_net('UNet', **unet), 'model.2.conv', 'autograd', square),
     Net(_mo, 'UNet 3D', lambda: monai_net('UNet', 3, **unet), 'model.2.conv', 'autograd', cube),
-    Net(_mo, 'UNet 2D, residual units', lambda: monai_net('UNet', num_res_units=2, **unet), 'model.2.1.conv.unit0.conv', 'autograd', square),
-    Net(_mo, 'UNet 3D, residual units', lambda: monai_net('UNet', 3, num_res_units=1, **unet), 'model.2.1.conv.unit0.conv', 'autograd', cube),
+    Net(_mo, 'UNet 2D, residual units', lambda: monai_net('UNet', num_res_units=2, **unet), 'model.2.0.conv', 'autograd', square),
+    Net(_mo, 'UNet 3D, residual units', lambda: monai_net('UNet', 3, num_res_units=1, **unet), 'model.2.0.conv', 'autograd', cube),
     Net(_mo, 'SwinUNETR 2D', lambda: monai_net('SwinUNETR', **swin), 'out.conv.conv', shape=square),
     Net(_mo, 'SwinUNETR 3D', lambda: monai_net('SwinUNETR', 3, **swin), 'out.conv.conv', shape=brick),
     Net(_mo, 'UNETR 2D', lambda: monai_net('UNETR', img_size=64, feature_size=8, hidden_size=48, mlp_dim=32, num_heads=4), 'out.conv.conv', shape=square),
@@ -347,12 +348,12 @@ def unet_with_residual_tail():
 
 @pytest.mark.parametrize('n', [1, 2])
 def test_residual_tail_runs_twice(n):
-    "MONAI's UNet adds the un-stacked features behind the classifier; a batch of one would broadcast silently. Compared with Eq. (1), (2) and (4) done by hand."
+    "MONAI's UNet adds the un-stacked scores behind its last convolution; a batch of one would broadcast silently. Compared with Eq. (1), (2) and (4) done by hand."
     model,name = unet_with_residual_tail()
     model,x = model.double(),torch.randn(n, 1, 64, 64, dtype=torch.float64)
     grads,_ = brute_force(model, (name,), x)
     expected = model(x).detach()
-    head = add_dropclass(model)
+    with pytest.warns(UserWarning, match='of what the prediction knows of an image passes'): head = add_dropclass(model, classifier=name)
     for p in head.compensation[1].parameters(): nn.init.normal_(p)
     keep_mask = torch.tensor([1.,0.,1.,1.], dtype=torch.float64)
     calls = []
@@ -399,8 +400,8 @@ def test_norm_behind_counts_with_running_statistics():
 
 def test_tail_is_forgotten_after_an_error():
     "A forward that raises leaves no recording behind."
-    model,_ = unet_with_residual_tail()
-    head = add_dropclass(model)
+    model,name = unet_with_residual_tail()
+    with pytest.warns(UserWarning): head = add_dropclass(model, classifier=name)
     x,keep_mask = torch.randn(2, 1, 64, 64),torch.tensor([1.,0.,1.,1.])
     model.train()
     with pytest.raises(RuntimeError), head.dropping(keep_mask): model(torch.randn(2, 7, 64, 64))
@@ -449,6 +450,30 @@ def test_callback(net):
     assert head.predicts=='drop' and torch.tensor([o for o in learn.recorder.values[-1]]).isfinite().all()
     with learn.no_bar(), learn.no_logging(): preds,_ = learn.get_preds(dl=dls.valid)
     assert preds.shape==(4, C, 64, 64) and preds.isfinite().all()
+
+
+def test_hub_checkpoints_hold_the_classifier(tmp_path):
+    "`save_pretrained` and `from_pretrained` know nothing of the head: the plain path's prediction comes back. Folded layers they would lose, and that is said."
+    torch.manual_seed(0)
+    model,x = next(o for o in nets if o.name=='SegFormer').build().model.eval(),torch.randn(2, 3, 64, 64)
+    add_dropclass(model, C, predict='drop')
+    get_head(model).predict = 'plain'
+    model.save_pretrained(tmp_path)
+    with torch.no_grad(): assert torch.equal(type(model).from_pretrained(tmp_path).eval()(x).logits, model(x).logits)
+    get_head(model).predict = 'drop'
+    with pytest.warns(UserWarning, match='random classifier'): fold_dropclass(model)
+
+
+def test_deep_supervision_trains():
+    "MONAI's DynUNet returns the scores of several levels as one tensor, in training only."
+    model = monai_net('DynUNet', kernel_size=[3]*4, strides=[1,2,2,2], upsample_kernel_size=[2]*3, filters=[8,12,16,20], deep_supervision=True, deep_supr_num=2)
+    head,x,y = add_dropclass(model.train(), C),torch.randn(2, 1, 64, 64),torch.randint(C, (2, 64, 64))
+    keep_mask = torch.tensor([1.,0.,1.,1.])
+    with head.dropping(keep_mask, .5): logits,drop_logits = split_paths(model(x), 2)
+    assert logits.shape==drop_logits.shape==(2, 3, C, 64, 64)
+    assert not torch.equal(logits[:,0], drop_logits[:,0]) and torch.equal(logits[:,1:], drop_logits[:,1:])
+    dropclass_loss(logits[:,0], drop_logits[:,0], y, keep_mask, .5).backward()
+    assert head.compensation[0].weight.grad.abs().max()>0
 
 
 def test_sampled_masks_train():

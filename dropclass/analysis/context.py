@@ -4,29 +4,33 @@
 
 # %% auto #0
 __all__ = ['HARBOUR', 'FILLS', 'PIXELS', 'harbour', 'train_harbour', 'image_stats', 'heavy_blur', 'inpaint', 'make_fill', 'erase',
-           'image_counts', 'ErasedImages', 'Colocation', 'colocation', 'check_same_data', 'vulnerable_classes',
-           'robustness_table', 'plot_robustness', 'load_colocation']
+           'fill_for', 'image_counts', 'ErasedImages', 'Colocation', 'colocation', 'draw_matrix', 'check_same_data',
+           'vulnerable_classes', 'robustness_table', 'plot_robustness', 'load_colocation']
 
 # %% ../../nbs/61_analysis.context.ipynb #6f4a5165
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
-from .subjects import as_spec, iter_batches, open_data, open_model, show_progress
+from matplotlib.figure import Figure
+from .subjects import iter_batches, open_data, open_model, show_progress
 from ..core import ClassSpec, check_choice, eval_mode, step_generator, write_json
 from ..metrics import class_iou, confusion_matrix
 from ..models import SmallSegNet, pick_logits, resize_logits
 
 # %% ../../nbs/61_analysis.context.ipynb #b3990d17
-HARBOUR = ClassSpec(('land','road','water','car','boat','crane'), ((107,142,35),(110,110,118),(60,120,180),(200,60,40),(240,170,60),(90,40,90)))
+HARBOUR = ClassSpec(('land','road','water','car','boat','crane'),
+                    ((107,142,35),(110,110,118),(60,120,180),(200,60,40),(240,170,60),(90,40,90)))
 _HARBOUR_COLORS = torch.tensor([[.45,.55,.30],[.45,.45,.48],[.25,.45,.65],[.80,.25,.20],[.80,.40,.35]])
 
+# %% ../../nbs/61_analysis.context.ipynb #91721fc1
 def _harbour_mask(u, size, bias):
     "Lay out one mask (H,W) from uniform numbers (24,)."
     h,w = size
@@ -42,6 +46,7 @@ def _harbour_mask(u, size, bias):
         y[r:r+rows, c:c+cols] = usual if v[5]<(1+bias)/2 else 7-usual
     return y
 
+# %% ../../nbs/61_analysis.context.ipynb #c8f56ea4
 def harbour(
     n:int=8, # Number of images, N
     bias:float=1., # How surely cars are on the road and boats on the water: 1 always, 0 as likely as not
@@ -72,19 +77,24 @@ def train_harbour(
         for _ in range(steps):
             batch = torch.randint(len(x), (8,))
             F.cross_entropy(model(x[batch]), y[batch]).backward()
-            opt.step(); opt.zero_grad(); sched.step()
+            opt.step()
+            opt.zero_grad()
+            sched.step()
     return model.eval()
 
 # %% ../../nbs/61_analysis.context.ipynb #f1e9f7e1
 FILLS = ('mean','noise','blur','inpaint')
+_ONCE = ("These images can be walked through only once, and the fill needs their mean first: "
+         "pass a list or a DataLoader, or a number as `fill`")
 
+# %% ../../nbs/61_analysis.context.ipynb #fcfdab4d
 def image_stats(
     data, # Batches with images first
     device='cpu', # Where tensors go
     max_images:int|None=None, # Look at so many images; None takes all
 ) -> tuple: # Mean (3,) and standard deviation (3,) over all pixels
     "Measure the mean colour of a data set, and its spread."
-    if iter(data) is data: raise ValueError("These images can be walked through only once, and the fill needs their mean first: pass a list or a DataLoader, or a number as `fill`")
+    if iter(data) is data: raise ValueError(_ONCE)
     n,total,squares = 0,0.,0.
     for x,_ in iter_batches(data, device, max_images):
         x = x.double().transpose(0, 1).flatten(1)
@@ -104,20 +114,23 @@ def heavy_blur(
     small = F.adaptive_avg_pool2d(image[None], (max(1, h//cell), max(1, w//cell)))
     return F.interpolate(small, size=(h,w), mode='bilinear', align_corners=False)[0]
 
+# %% ../../nbs/61_analysis.context.ipynb #d5ae2945
 def inpaint(
-    image:Tensor, # Image (3,H,W)
+    image:Tensor, # Image (3,H,W); any other number of channels will do
     erased:Tensor, # Which pixels are gone (H,W), bool
     radius:float=3., # How far around a pixel the library looks, in pixels
 ) -> Tensor: # Image (3,H,W)
     "Continue the surroundings into the erased area, with OpenCV (Telea's method)."
     try: import cv2
-    except ImportError as e: raise ImportError("`fill='inpaint'` needs OpenCV: run `pip install opencv-python-headless`, or choose 'mean', 'noise' or 'blur'") from e
+    except ImportError as e:
+        raise ImportError("`fill='inpaint'` needs OpenCV: run `pip install opencv-python-headless`, "
+                          "or choose 'mean', 'noise' or 'blur'") from e
     low,high = image.amin(),image.amax()
     pixels = (255*(image-low)/(high-low).clamp(min=1e-9)).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
     gone = erased.cpu().numpy().astype('uint8')
-    if len(image)==3: pixels = torch.from_numpy(cv2.inpaint(pixels, gone, radius, cv2.INPAINT_TELEA))
-    else: pixels = torch.stack([torch.from_numpy(cv2.inpaint(pixels[...,i].copy(), gone, radius, cv2.INPAINT_TELEA)) for i in range(len(image))], -1) # OpenCV takes 1 or 3
-    return pixels.permute(2, 0, 1).to(image)/255*(high-low)+low
+    parts = [pixels] if len(image)==3 else np.split(pixels, len(image), 2)
+    found = [cv2.inpaint(np.ascontiguousarray(o), gone, radius, cv2.INPAINT_TELEA) for o in parts]
+    return torch.from_numpy(np.dstack(found)).permute(2, 0, 1).to(image)/255*(high-low)+low
 
 # %% ../../nbs/61_analysis.context.ipynb #fd3a8428
 def make_fill(
@@ -135,8 +148,10 @@ def make_fill(
     if fill=='blur': return lambda image,erased,i: heavy_blur(image)
     mean,spread = (o.view(-1, 1, 1) for o in stats)
     if fill=='mean': return lambda image,erased,i: mean.to(image).expand_as(image)
-    return lambda image,erased,i: mean.to(image)+spread.to(image)*torch.randn(image.shape, generator=step_generator(seed, i)).to(image)
+    noise = lambda image,i: torch.randn(image.shape, generator=step_generator(seed, i)).to(image)
+    return lambda image,erased,i: mean.to(image)+spread.to(image)*noise(image, i)
 
+# %% ../../nbs/61_analysis.context.ipynb #de2b11e2
 def erase(
     image:Tensor, # Image (3,H,W)
     erased:Tensor, # Which pixels to erase (H,W), bool
@@ -145,8 +160,21 @@ def erase(
 ) -> Tensor: # Image (3,H,W)
     "Paint over some pixels of an image."
     paint = fill(image, erased, i)
-    if paint.shape!=image.shape: raise ValueError(f"The fill returned shape {tuple(paint.shape)} for an image of shape {tuple(image.shape)}: return an image of the same size")
-    return torch.where(erased, paint.to(image), image)
+    if paint.shape==image.shape: return torch.where(erased, paint.to(image), image)
+    raise ValueError(f"The fill returned shape {tuple(paint.shape)} for an image of shape {tuple(image.shape)}: "
+                     "return an image of the same size")
+
+# %% ../../nbs/61_analysis.context.ipynb #95e0fa4e
+def fill_for(
+    fill, # As for `make_fill`
+    data, # Batches of the images that will be erased from
+    device='cpu', # Where tensors go
+    max_images:int|None=None, # Look at so many images; None takes all
+    seed:int=0, # Seed of the noise
+): # What `make_fill` gives
+    "Make a fill, after a look at the images where it needs one."
+    looks = isinstance(fill, str) and fill in ('mean','noise')
+    return make_fill(fill, image_stats(data, device, max_images) if looks else None, seed)
 
 # %% ../../nbs/61_analysis.context.ipynb #3d6fcff9
 def image_counts(
@@ -156,9 +184,11 @@ def image_counts(
     spec:ClassSpec, # The classes
 ) -> Tensor: # Pixel counts (N,C,C), truth in rows
     "Count what the network makes of every single image."
-    logits = resize_logits(pick_logits(model(x))[0], y.shape[-2:])
-    if logits.shape[1]!=len(spec): raise ValueError(f"The network scores {logits.shape[1]} classes and the data have {len(spec)} ({', '.join(spec.names[:4])} ...): use data with the network's own classes")
-    return torch.stack([confusion_matrix(o, t, len(spec), spec.ignore_index) for o,t in zip(logits[:,None], y[:,None])])
+    logits,C = resize_logits(pick_logits(model(x))[0], y.shape[-2:]),len(spec)
+    if logits.shape[1]!=C:
+        raise ValueError(f"The network scores {logits.shape[1]} classes and the data have {C} "
+                         f"({', '.join(spec.names[:4])} ...): use data with the network's own classes")
+    return torch.stack([confusion_matrix(o, t, C, spec.ignore_index) for o,t in zip(logits[:,None], y[:,None])])
 
 # %% ../../nbs/61_analysis.context.ipynb #936dd183
 class ErasedImages:
@@ -169,17 +199,6 @@ class ErasedImages:
         bs:int, # Images in a batch
     ): self.count,self.change,self.bs,self.waiting,self.passes = count,change,bs,[],0
 
-    def add(self,
-        image:Tensor, # Erased image (3,H,W)
-        target:Tensor, # Labels (H,W), as before
-        c:int, # Class that was erased
-        before:Tensor, # Counts (C,C) of the whole image
-    ):
-        "Take one image; run a batch when there are enough."
-        if self.waiting and self.waiting[0][0].shape!=image.shape: self.flush()
-        self.waiting.append((image, target, c, before))
-        if len(self.waiting)>=self.bs: self.flush()
-
     def flush(self):
         "Run what is waiting."
         if not self.waiting: return
@@ -188,6 +207,19 @@ class ErasedImages:
         for c,a,b in zip(classes, after, before): self.change[c] += a-b
         self.passes += len(images)
         self.waiting = []
+
+# %% ../../nbs/61_analysis.context.ipynb #f5191da3
+@patch
+def add(self:ErasedImages,
+    image:Tensor, # Erased image (3,H,W)
+    target:Tensor, # Labels (H,W), as before
+    c:int, # Class that was erased
+    before:Tensor, # Counts (C,C) of the whole image
+):
+    "Take one image; run a batch when there are enough."
+    if self.waiting and self.waiting[0][0].shape!=image.shape: self.flush()
+    self.waiting.append((image, target, c, before))
+    if len(self.waiting)>=self.bs: self.flush()
 
 # %% ../../nbs/61_analysis.context.ipynb #b8b86e86
 @dataclass
@@ -207,18 +239,38 @@ class Colocation:
     @property
     def occurs(self): return self.confusion.sum(1)>0
     def __repr__(self):
-        return (f"Colocation of {self.label}: {self.images} images, {len(self.spec)} classes, erased by {self.fill}; {self.passes} forward passes, "
-                f"{self.passes/max(1, self.naive_passes):.0%} of the naive {self.naive_passes}, in {self.seconds:.1f} s")
+        share = self.passes/max(1, self.naive_passes)
+        return (f"Colocation of {self.label}: {self.images} images, {len(self.spec)} classes, erased by {self.fill}; "
+                f"{self.passes} forward passes, {share:.0%} of the naive {self.naive_passes}, in {self.seconds:.1f} s")
 
 # %% ../../nbs/61_analysis.context.ipynb #ed7ad8c5
 def _fill_name(fill): return fill if isinstance(fill, str) else getattr(fill, '__name__', str(fill))
+
+# %% ../../nbs/61_analysis.context.ipynb #56326c19
+def _count_copies(subject, batches, paint, bs):
+    "Counts (C,C) as they are, changes (C,C,C) by erasing, presences (C,), numbers of images and of forward passes."
+    spec,C,n = subject.spec,len(subject.spec),0
+    count = lambda x,y: image_counts(subject.model, x, y, spec).cpu()
+    total,change,presence = (torch.zeros(*[C]*d, dtype=torch.long) for d in (2, 3, 1))
+    queue = ErasedImages(count, change, bs)
+    for x,y in batches:
+        queue.bs,counts = queue.bs or len(x),count(x, y)
+        total += counts.sum(0)
+        for i,(image,target) in enumerate(zip(x, y)):
+            for c in target.unique().tolist():
+                if not 0<=c<C: continue
+                presence[c] += 1
+                queue.add(erase(image, target==c, paint, n+i), target, c, counts[i])
+        n += len(x)
+    queue.flush()
+    return total,change,presence,n,n+queue.passes
 
 # %% ../../nbs/61_analysis.context.ipynb #01d02d18
 def colocation(
     model, # Learner, `Run`, or network
     data=None, # Batches of images and labels; None takes those of the Learner or run
     spec=None, # Classes: `ClassSpec`, names or number; a Learner and a run know theirs
-    fill='mean', # What erased pixels become: 'mean', 'noise', 'blur', 'inpaint', a colour, or a function (image, erased) -> image
+    fill='mean', # What erased pixels become: one of `FILLS`, a colour, or a function (image, erased) -> image
     test:str='valid', # Test set of a run: 'valid', or 'unbiased' for scenes
     max_images:int|None=None, # Look at so many images; None takes all
     bs:int|None=None, # Batch size of erased images; None is that of the first batch
@@ -228,51 +280,17 @@ def colocation(
 ) -> Colocation: # Counts with and without each class
     "Erase every class in turn and count what the network makes of the rest."
     subject,start = open_model(model, spec, label),time.perf_counter()
-    data,spec,net,n = open_data(subject, data, test),subject.spec,subject.model,0
-    C = len(spec)
-    with torch.no_grad(), eval_mode(net):
-        paint = make_fill(fill, image_stats(data, subject.device, max_images) if isinstance(fill, str) and fill in ('mean','noise') else None, seed)
-        count = lambda x,y: image_counts(net, x, y, spec).cpu()
-        total,change,presence = (torch.zeros(*[C]*d, dtype=torch.long) for d in (2, 3, 1))
-        queue = ErasedImages(count, change, bs or 1)
-        for x,y in iter_batches(show_progress(data, progress), subject.device, max_images):
-            if bs is None: bs = queue.bs = len(x)
-            counts = count(x, y)
-            total += counts.sum(0)
-            for i in range(len(x)):
-                for c in y[i].unique().tolist():
-                    if not 0<=c<C: continue
-                    presence[c] += 1
-                    queue.add(erase(x[i], y[i]==c, paint, n+i), y[i], c, counts[i])
-            n += len(x)
-        queue.flush()
+    data = open_data(subject, data, test)
+    paint = fill_for(fill, data, subject.device, max_images, seed)
+    batches = iter_batches(show_progress(data, progress), subject.device, max_images)
+    with torch.no_grad(), eval_mode(subject.model):
+        total,change,presence,n,passes = _count_copies(subject, batches, paint, bs)
     if not n: raise ValueError("There are no images: `data` is empty")
-    return Colocation(spec, total, total+change, presence, n, n+queue.passes, _fill_name(fill), subject.label, time.perf_counter()-start)
+    return Colocation(subject.spec, total, total+change, presence, n, passes, _fill_name(fill), subject.label,
+                      time.perf_counter()-start)
 
 # %% ../../nbs/61_analysis.context.ipynb #3b988b40
 PIXELS = ('void','same','all')
-
-@patch
-def iou_before(self:Colocation,
-    pixels:str='void', # Which pixels count: 'void', 'same' or 'all'
-) -> Tensor: # IoU (C,C) in [0,1]: erased class X in rows, the class Y looked at in columns
-    "Give the IoU of every class on the images as they are."
-    copies = self.confusion[None].repeat(len(self.spec), 1, 1)
-    return _iou_rows(copies, check_choice(pixels, PIXELS, 'pixels')=='same', self.occurs)
-
-@patch
-def iou_after(self:Colocation,
-    pixels:str='void', # Which pixels count: 'void', 'same' or 'all'
-) -> Tensor: # IoU (C,C) in [0,1]: erased class X in rows, the class Y looked at in columns
-    "Give the IoU of every class where another is erased."
-    return _iou_rows(self.erased.clone(), check_choice(pixels, PIXELS, 'pixels')!='all', self.occurs)
-
-@patch
-def fall(self:Colocation,
-    pixels:str='void', # Which pixels count: 'void', 'same' or 'all'
-) -> Tensor: # Fall in IoU (C,C) in [-1,1]: erased class X in rows; nan on the diagonal and for classes that never occur
-    "Tell how much the IoU of class Y falls when class X is erased."
-    return self.iou_before(pixels)-self.iou_after(pixels)
 
 def _iou_rows(copies, without, occurs):
     "IoU of every class in every copy; nan for the erased class and for classes that never occur."
@@ -281,15 +299,64 @@ def _iou_rows(copies, without, occurs):
     iou[torch.eye(len(iou), dtype=torch.bool) | ~occurs[:,None] | ~occurs[None]] = torch.nan
     return iou
 
+# %% ../../nbs/61_analysis.context.ipynb #5a060ea2
+@patch
+def iou_before(self:Colocation,
+    pixels:str='void', # Which pixels count: 'void', 'same' or 'all'
+) -> Tensor: # IoU (C,C) in [0,1]: erased class X in rows, the class Y looked at in columns
+    "Give the IoU of every class on the images as they are."
+    copies = self.confusion[None].repeat(len(self.spec), 1, 1)
+    return _iou_rows(copies, check_choice(pixels, PIXELS, 'pixels')=='same', self.occurs)
+
+# %% ../../nbs/61_analysis.context.ipynb #bf90f7cb
+@patch
+def iou_after(self:Colocation,
+    pixels:str='void', # Which pixels count: 'void', 'same' or 'all'
+) -> Tensor: # IoU (C,C) in [0,1]: erased class X in rows, the class Y looked at in columns
+    "Give the IoU of every class where another is erased."
+    return _iou_rows(self.erased.clone(), check_choice(pixels, PIXELS, 'pixels')!='all', self.occurs)
+
+# %% ../../nbs/61_analysis.context.ipynb #e43068a8
+@patch
+def fall(self:Colocation,
+    pixels:str='void', # Which pixels count: 'void', 'same' or 'all'
+) -> Tensor: # Fall in IoU (C,C) in [-1,1]: erased class X in rows; nan on the diagonal and for classes that never occur
+    "Tell how much the IoU of class Y falls when class X is erased."
+    return self.iou_before(pixels)-self.iou_after(pixels)
+
 # %% ../../nbs/61_analysis.context.ipynb #c40be21d
 @patch
 def table(self:Colocation,
     pixels:str='void', # Which pixels count: 'void', 'same' or 'all'
-) -> pd.DataFrame: # A row per erased class: `images` that contain it, and the fall of every other class in points; nan where there is nothing to measure
+) -> pd.DataFrame: # A row per erased class: `images` that contain it, and the fall of the others in points, or nan
     "Tabulate the fall in IoU of every class (columns) when another (rows) is erased."
-    df = pd.DataFrame(100*self.fall(pixels).numpy(), columns=self.spec.names, index=pd.Index(self.spec.names, name='erased'))
+    names = self.spec.names
+    df = pd.DataFrame(100*self.fall(pixels).numpy(), pd.Index(names, name='erased'), names)
     df.insert(0, 'images', [str(n) if n else 'never occurs' for n in self.presence.tolist()])
     return df
+
+# %% ../../nbs/61_analysis.context.ipynb #dd8e845a
+def draw_matrix(
+    values, # Numbers (C,C); nan is grey
+    names:list, # Names of the columns; of the rows, too, unless the axes say otherwise
+    limit:float, # Value of the deepest colour
+    write, # Function that makes the text of a cell; '' leaves it empty
+    ax=None, # Axes to draw into; None makes a figure
+    title:str='', # Title
+): # Matplotlib axes
+    "Draw a heat map with its numbers: red above 0, blue below."
+    C,values = len(names),np.asarray(values, dtype=float)
+    if ax is None: ax = Figure(figsize=(1.6+.4*C, 1.1+.3*C), layout='constrained').subplots()
+    ax.set_facecolor('#eceae4')
+    picture = ax.imshow(values, cmap='RdBu_r', vmin=-limit, vmax=limit, aspect='auto')
+    for i,j in np.argwhere(~np.isnan(values)):
+        color = 'white' if abs(values[i,j])>.6*limit else '#333'
+        ax.text(j, i, write(values[i,j]), ha='center', va='center', fontsize=7, color=color)
+    ax.set_xticks(range(C), names, rotation=90, fontsize=7)
+    ax.set_yticks(range(C), names, fontsize=7)
+    ax.set_title(title, fontsize=9)
+    ax.figure.colorbar(picture, ax=ax, shrink=.8).ax.tick_params(labelsize=7)
+    return ax
 
 # %% ../../nbs/61_analysis.context.ipynb #a2e0dcad
 @patch
@@ -299,23 +366,15 @@ def plot(self:Colocation,
     limit:float|None=None, # Fall, in points, that gets the deepest colour; None is the largest there is
 ): # Matplotlib axes
     "Draw the fall of every class as a heat map, the rarest first."
-    from matplotlib.figure import Figure
-    C,order = len(self.spec),self.confusion.sum(1).argsort(stable=True).tolist()
+    order,names = self.confusion.sum(1).argsort(stable=True).tolist(),self.spec.names
     values = 100*self.fall(pixels)[order][:,order]
-    if ax is None: ax = Figure(figsize=(1.6+.42*C, 1.1+.3*C), layout='constrained').subplots()
-    top = limit or max(1., values.nan_to_num().abs().max().item())
-    ax.set_facecolor('#eceae4')
-    picture = ax.imshow(values, cmap='RdBu_r', vmin=-top, vmax=top, aspect='auto')
-    for i,row in enumerate(values.tolist()):
-        for j,v in enumerate(row):
-            if v==v and abs(v)>=.5: ax.text(j, i, f'{v:.0f}', ha='center', va='center', fontsize=7, color='white' if abs(v)>.6*top else '#333')
-    names = [self.spec.names[o] for o in order]
-    ax.set_xticks(range(C), names, rotation=90, fontsize=7)
-    ax.set_yticks(range(C), [o if self.occurs[c] else f'{o} (never occurs)' for o,c in zip(names, order)], fontsize=7)
+    limit = limit or max(1., values.nan_to_num().abs().max().item())
+    ax = draw_matrix(values, [names[o] for o in order], limit, lambda v: f'{v:.0f}' if abs(v)>=.5 else '', ax,
+                     f'fall in IoU, points: {self.label}')
+    rows = [names[o] if self.occurs[o] else f'{names[o]} (never occurs)' for o in order]
+    ax.set_yticks(range(len(rows)), rows)
     ax.set_ylabel('erased class', fontsize=8)
     ax.set_xlabel('class looked at', fontsize=8)
-    ax.set_title(f'fall in IoU, points: {self.label}', fontsize=9)
-    ax.figure.colorbar(picture, ax=ax, shrink=.8).ax.tick_params(labelsize=7)
     return ax
 
 # %% ../../nbs/61_analysis.context.ipynb #e8dd74d4
@@ -323,25 +382,26 @@ def plot(self:Colocation,
 def influences(self:Colocation,
     k:int=3, # How many classes
     pixels:str='void', # Which pixels count: 'void', 'same' or 'all'
-) -> dict: # Label -> labels of the k classes whose absence hurts it most, the worst first; classes that never occur are left out
+) -> dict: # Label -> labels of the k classes whose absence hurts it most, the worst first; only classes that occur
     "Find the classes that each class leans on most."
-    C = len(self.spec)
+    C,fall = len(self.spec),self.fall(pixels)
     if not 1<=k<C: raise ValueError(f"`k` must lie in 1..{C-1}, the number of other classes, got {k}")
-    fall = self.fall(pixels)
-    rank = lambda y: [x for x in fall[:,y].nan_to_num(nan=-9.).argsort(descending=True, stable=True).tolist() if not fall[x,y].isnan()]
-    return {y:rank(y)[:k] for y in range(C) if self.occurs[y]}
+    ranks = fall.nan_to_num(nan=-9.).argsort(dim=0, descending=True, stable=True).T.tolist()
+    measured = ~fall.isnan()
+    return {y:[x for x in ranks[y] if measured[x,y]][:k] for y in range(C) if self.occurs[y]}
 
+# %% ../../nbs/61_analysis.context.ipynb #8f8d0d52
 @patch
 def top_influences(self:Colocation,
     k:int=3, # How many classes
     pixels:str='void', # Which pixels count: 'void', 'same' or 'all'
-) -> pd.DataFrame: # A row per class, the most vulnerable first: `iou` in percent, mean `fall` in points, and the classes that caused it with the fall of each
+) -> pd.DataFrame: # A row per class, most vulnerable first: `iou` in percent, mean `fall`, and the k classes
     "Tabulate the classes that each class leans on most."
-    fall,iou,rows = 100*self.fall(pixels),100*class_iou(self.confusion),{}
+    fall,iou,names,rows = 100*self.fall(pixels),100*class_iou(self.confusion),self.spec.names,{}
     for y,top in self.influences(k, pixels).items():
         falls = [fall[x,y].item() for x in top]
-        text = [f'{self.spec.names[x]} ({v:.1f})' for x,v in zip(top, falls)]+['']*(k-len(top))
-        rows[self.spec.names[y]] = [iou[y].item(), sum(falls)/len(falls) if falls else torch.nan, *text]
+        text = [f'{names[x]} ({v:.1f})' for x,v in zip(top, falls)]+['']*(k-len(top))
+        rows[names[y]] = [iou[y].item(), sum(falls)/len(falls) if falls else torch.nan, *text]
     df = pd.DataFrame.from_dict(rows, orient='index', columns=['iou','fall',*map(str, range(1, k+1))])
     return df.rename_axis('class').sort_values('fall', ascending=False, kind='stable')
 
@@ -351,10 +411,15 @@ def check_same_data(
     other:Colocation, # Another
 ):
     "Refuse two evaluations that differ in anything but the network."
-    same = base.spec.names==other.spec.names and base.images==other.images and torch.equal(base.confusion.sum(1), other.confusion.sum(1))
-    if not same: raise ValueError(f"{base.label} and {other.label} were not measured on the same images ({base.images} and {other.images}): use the same data for both")
-    if base.fill!=other.fill: raise ValueError(f"{base.label} was measured with fill {base.fill!r}, {other.label} with {other.fill!r}: use one fill for both")
+    what = lambda o: (o.spec.names, o.images, o.confusion.sum(1).tolist())
+    if what(base)!=what(other):
+        raise ValueError(f"{base.label} and {other.label} were not measured on the same images "
+                         f"({base.images} and {other.images}): use the same data for both")
+    if base.fill!=other.fill:
+        raise ValueError(f"{base.label} was measured with fill {base.fill!r}, {other.label} with {other.fill!r}: "
+                         "use one fill for both")
 
+# %% ../../nbs/61_analysis.context.ipynb #3e193ce3
 def vulnerable_classes(
     base:Colocation, # The network that decides
     k:int=3, # Influential classes per class
@@ -366,32 +431,43 @@ def vulnerable_classes(
     return sorted(mean, key=mean.get)[:len(base.spec)//2]
 
 # %% ../../nbs/61_analysis.context.ipynb #8e40cd82
+def _reached(o, tops, pixels):
+    "Mean IoU, in percent, of each class with the classes it leans on, I, and without each of them in turn, I*."
+    before,after = o.iou_before(pixels),o.iou_after(pixels)
+    rows = [(100*before[top,y].mean().item(), 100*after[top,y].mean().item()) for y,top in tops.items()]
+    df = pd.DataFrame(rows, [o.spec.names[y] for y in tops], ['I','I*'])
+    return df.assign(difference=df['I*']-df['I'])
+
+# %% ../../nbs/61_analysis.context.ipynb #6cca5ce6
+def _erased_names(base, tops, vulnerable):
+    "What was erased, per row of Table 4."
+    names = base.spec.names
+    text = {o:'never occurs' for o in names}
+    text |= {names[y]:', '.join(names[x] for x in top) for y,top in tops.items()}
+    return text | {'mIoU':'all classes that occur', 'mIoU*':', '.join(vulnerable)}
+
+# %% ../../nbs/61_analysis.context.ipynb #fcbb2b71
 def robustness_table(
     base:Colocation, # The baseline: it chooses the classes
     other:Colocation|None=None, # Another network, measured on the same images; None tabulates one
     k:int=3, # Influential classes per class
     pixels:str='void', # Which pixels count: 'void', 'same' or 'all'
-) -> pd.DataFrame: # A row per class, the most vulnerable first, then `mIoU` and `mIoU*`; per network I, I* and their difference, in percent
+) -> pd.DataFrame: # A row per class, most vulnerable first, then `mIoU`, `mIoU*`: I, I*, difference in percent
     "Condense erased context into the paper's Table 4."
     networks = [base] if other is None else [base, other]
-    if other is not None: check_same_data(base, other)
-    labels = [o.label for o in networks] if len({o.label for o in networks})==len(networks) else ['base','other']
-    if not base.occurs.any(): raise ValueError("No pixel has a class, all are void: erased context needs labelled images")
+    check_same_data(base, networks[-1])
+    labels = [o.label for o in networks] if base.label!=networks[-1].label or other is None else ['base','other']
+    if not base.occurs.any():
+        raise ValueError("No pixel has a class, all are void: erased context needs labelled images")
     tops,names = base.influences(k, pixels),base.spec.names
-    df = pd.DataFrame({('erased',f'top {k}'):{names[y]:', '.join(names[x] for x in top) for y,top in tops.items()}})
-    for label,o in zip(labels, networks):
-        before,after = o.iou_before(pixels),o.iou_after(pixels)
-        df[label,'I'] = [100*before[top,y].mean().item() for y,top in tops.items()]
-        df[label,'I*'] = [100*after[top,y].mean().item() for y,top in tops.items()]
-        df[label,'difference'] = df[label,'I*']-df[label,'I']
+    df = pd.concat({label:_reached(o, tops, pixels) for label,o in zip(labels, networks)}, axis=1)
     df = df.sort_values((labels[0],'difference'), kind='stable')
     vulnerable = [names[y] for y in vulnerable_classes(base, k, pixels)]
-    means = {'mIoU':df[labels].mean(), 'mIoU*':df.loc[vulnerable, labels].mean()}
-    for o,there in zip(names, base.occurs.tolist()):
-        if not there: df.loc[o, ('erased',f'top {k}')] = 'never occurs'
-    for name,row in means.items(): df.loc[name, row.index] = row
-    df.loc[list(means), ('erased',f'top {k}')] = ['all classes that occur', ', '.join(vulnerable)]
-    df.index.name,df.attrs = 'class',dict(labels=labels, fill=base.fill, pixels=pixels, k=k, vulnerable=vulnerable)
+    means = pd.DataFrame({'mIoU':df.mean(), 'mIoU*':df.loc[vulnerable].mean()}).T
+    absent = [o for o in names if o not in df.index]
+    df = pd.concat([df.reindex([*df.index, *absent]), means]).rename_axis('class')
+    df.insert(0, ('erased',f'top {k}'), df.index.map(_erased_names(base, tops, vulnerable)))
+    df.attrs = dict(labels=labels, fill=base.fill, pixels=pixels, k=k, vulnerable=vulnerable)
     return df
 
 # %% ../../nbs/61_analysis.context.ipynb #dddffe06
@@ -400,7 +476,6 @@ def plot_robustness(
     ax=None, # Axes to draw into; None makes a figure
 ): # Matplotlib axes
     "Draw, per class, how far the IoU falls from I (ring) to I* (dot)."
-    from matplotlib.figure import Figure
     df,labels = table[table[table.attrs['labels'][0],'I'].notna()],table.attrs['labels']
     if ax is None: ax = Figure(figsize=(8, .8+.24*len(df)), layout='constrained').subplots()
     for k,(label,color) in enumerate(zip(labels, ('#d1603d','#1f6f8b'))):
@@ -414,7 +489,7 @@ def plot_robustness(
     ax.set_xlabel(f"IoU in %: ring with all classes, dot without the {table.attrs['k']} most influential", fontsize=8)
     ax.tick_params(axis='x', labelsize=7)
     ax.legend(fontsize=7, frameon=False, loc='lower left')
-    for side in ('top','right'): ax.spines[side].set_visible(False)
+    ax.spines[['top','right']].set_visible(False)
     return ax
 
 # %% ../../nbs/61_analysis.context.ipynb #5cc11568
@@ -425,15 +500,19 @@ def save(self:Colocation,
     "Write the counts to a file."
     plain = {k:getattr(self, k) for k in ('images','passes','fill','label')}
     counts = {k:getattr(self, k).tolist() for k in ('confusion','erased','presence')}
-    write_json(file, dict(format=1, **plain, seconds=round(self.seconds, 2), classes=self.spec.names, colors=self.spec.colors, ignore_index=self.spec.ignore_index, **counts))
+    classes = dict(classes=self.spec.names, colors=self.spec.colors, ignore_index=self.spec.ignore_index)
+    write_json(file, dict(format=1, **plain, seconds=round(self.seconds, 2), **classes, **counts))
     return Path(file)
 
+# %% ../../nbs/61_analysis.context.ipynb #af93d566
 def load_colocation(
     file:str|Path, # A JSON file that `Colocation.save` wrote
 ) -> Colocation: # The counts
     "Read counts from a file."
     data = json.loads(Path(file).read_text(encoding='utf-8'))
-    if data.get('format')!=1: raise ValueError(f"{file} has format {data.get('format')!r}, this version reads format 1: measure again, or update dropclass")
+    if data.get('format')!=1:
+        raise ValueError(f"{file} has format {data.get('format')!r}, this version reads format 1: "
+                         "measure again, or update dropclass")
     counts = {k:torch.tensor(data[k]) for k in ('confusion','erased','presence')}
     spec = ClassSpec(data['classes'], data['colors'], data['ignore_index'])
     return Colocation(spec, **counts, **{k:data[k] for k in ('images','passes','fill','label','seconds')})

@@ -17,6 +17,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
+from matplotlib.figure import Figure
 from .context import HARBOUR, Colocation, harbour, image_counts
 from .subjects import iter_batches, open_data, open_model, show_progress
 from ..core import ClassSpec, eval_mode, step_generator
@@ -30,9 +31,11 @@ from ..models import SmallSegNet
 # %% ../../nbs/67_analysis.drop.ipynb #fe4f5061
 def removed_shares(
     importance:Tensor, # Importance S (C,K), as `classifier_weight` reads it off a network
-) -> Tensor: # Share q (C,K) of each channel that the drop of each class takes, in [0,1], float64; 0 where a channel speaks for no class
+) -> Tensor: # Share q (C,K) of each channel that each class's drop takes, in [0,1], float64; 0 if for none
     "Tell which part of every channel goes with a class, Eq. (4)."
-    if importance.ndim!=2: raise ValueError(f"`importance` must be (C,K), a row per class, got shape {tuple(importance.shape)}: take `classifier_weight(model)`")
+    if importance.ndim!=2:
+        raise ValueError(f"`importance` must be (C,K), a row per class, got shape {tuple(importance.shape)}: "
+                         "take `classifier_weight(model)`")
     positive = importance.double().relu()
     total = positive.sum(0)
     return positive/torch.where(total>0, total, 1.)
@@ -40,7 +43,7 @@ def removed_shares(
 # %% ../../nbs/67_analysis.drop.ipynb #21874eb3
 def removal_matrix(
     importance:Tensor, # Importance S (C,K)
-) -> Tensor: # R (C,C) in [0,1], float64: dropped class in rows, the class that loses evidence in columns; nan in the column of a class without any
+) -> Tensor: # R (C,C) in [0,1], float64: dropped class in rows, the one that loses in columns; nan if it has none
     "Tell which part of every class's evidence goes when another is dropped."
     shares,positive = removed_shares(importance),importance.double().relu()
     return shares@positive.T/positive.sum(1)
@@ -54,7 +57,8 @@ class DropEffect:
     dropped:Tensor # Pixel counts (C,C,C): dropped class first
     images:int # Number of images
     label:str='network' # Name in tables
-    def __repr__(self): return f"DropEffect of {self.label}: {self.images} images, {len(self.spec)} classes, each dropped in turn"
+    def __repr__(self):
+        return f"DropEffect of {self.label}: {self.images} images, {len(self.spec)} classes, each dropped in turn"
 
 # %% ../../nbs/67_analysis.drop.ipynb #9cd1d449
 @contextlib.contextmanager
@@ -66,6 +70,13 @@ def drop_path_only(
     with head.dropping(keep_mask, only='drop', in_eval=True): yield
 
 # %% ../../nbs/67_analysis.drop.ipynb #80752b2f
+def _head_of(subject):
+    "The head of a network, or why there must be one."
+    if head := get_head(subject.model): return head
+    raise ValueError(f"{subject.label} has no DropClassHead, so no class can be dropped from its features: "
+                     "train it with `cbs=DropClassCallback()`, or look at its weights with `removal_matrix`")
+
+# %% ../../nbs/67_analysis.drop.ipynb #d050cea9
 def drop_effect(
     model, # Learner, `Run`, or network with a `DropClassHead`
     data=None, # Batches of images and labels; None takes those of the Learner or run
@@ -76,14 +87,12 @@ def drop_effect(
     label:str|None=None, # Name in tables; None is the run's folder, 'learner' or 'network'
 ) -> DropEffect: # Counts with nothing dropped and with each class dropped
     "Drop every class in turn from a trained network's features, and count what it still finds."
-    subject = open_model(model, spec, label=label)
-    net,spec,head,n = subject.model,subject.spec,get_head(subject.model),0
-    if head is None: raise ValueError(f"{subject.label} has no DropClassHead, so no class can be dropped from its features: train it with `cbs=DropClassCallback()`, or look at its weights with `removal_matrix`")
-    C,device = len(spec),next(net.parameters()).device
-    masks = torch.cat([torch.ones(1, C), 1-torch.eye(C)])
-    counts = torch.zeros(C+1, C, C, dtype=torch.long)
+    subject = open_model(model, spec, label)
+    net,spec,head,C,n = subject.model,subject.spec,_head_of(subject),len(subject.spec),0
+    data = show_progress(open_data(subject, data, test), progress)
+    masks,counts = torch.cat([torch.ones(1, C), 1-torch.eye(C)]),torch.zeros(C+1, C, C, dtype=torch.long)
     with torch.no_grad(), eval_mode(net):
-        for x,y in iter_batches(show_progress(open_data(subject, data, test), progress), device, max_images):
+        for x,y in iter_batches(data, subject.device, max_images):
             for i,keep_mask in enumerate(masks):
                 with drop_path_only(head, keep_mask): counts[i] += image_counts(net, x, y, spec).sum(0).cpu()
             n += len(x)
@@ -108,8 +117,11 @@ def train_harbour_drop(
             lam,batch = step/steps,torch.randint(len(x), (8,))
             keep_mask = sample_keep_mask(len(HARBOUR), drop*lam, step_generator(seed, step))
             with head.dropping(keep_mask, lam): logits,drop_logits = split_paths(model(x[batch]), 8)
-            dropclass_loss(logits, drop_logits, y[batch], keep_mask, lam, alpha=alpha, base_loss=F.cross_entropy).backward()
-            opt.step(); opt.zero_grad(); sched.step()
+            loss = dropclass_loss(logits, drop_logits, y[batch], keep_mask, lam, alpha=alpha, base_loss=F.cross_entropy)
+            loss.backward()
+            opt.step()
+            opt.zero_grad()
+            sched.step()
     return model.eval()
 
 # %% ../../nbs/67_analysis.drop.ipynb #caf6b54a
@@ -120,20 +132,27 @@ def recall(self:DropEffect
     counts = torch.cat([self.confusion[None], self.dropped]).double()
     return counts.diagonal(dim1=1, dim2=2)/counts.sum(2)
 
+# %% ../../nbs/67_analysis.drop.ipynb #c2a05c35
+def _goes_to(effect, z):
+    "The class that most pixels of class z are called when z is dropped; nothing where none is called anything else."
+    goes = effect.dropped[z,z].clone()
+    goes[z] = 0
+    return effect.spec.names[goes.argmax()] if goes.any() else ''
+
+# %% ../../nbs/67_analysis.drop.ipynb #8a0cefde
 @patch
 def table(self:DropEffect
-) -> pd.DataFrame: # A row per class that occurs, the rarest first, then `mean`; recall in percent, changes in points of IoU
+) -> pd.DataFrame: # A row per class that occurs, the rarest first, then `mean`; recall in percent, IoU in points
     "Tabulate what each class's drop does to the class and to the others."
-    pixels,recall = self.confusion.sum(1),100*self.recall()
+    pixels,recall,names,rows = self.confusion.sum(1),100*self.recall(),self.spec.names,{}
     iou = 100*torch.stack([class_iou(o) for o in (self.confusion, *self.dropped)])
-    rows = {}
     for z in pixels.argsort(stable=True).tolist():
         if not pixels[z]: continue
-        goes,change = self.dropped[z,z].clone(),(iou[1+z]-iou[0])[[c for c in range(len(pixels)) if c!=z and pixels[c]]]
-        goes[z] = -1
-        rows[self.spec.names[z]] = {'recall':recall[0,z].item(), 'recall, dropped':recall[1+z,z].item(),
-                                    'goes to':self.spec.names[goes.argmax()] if goes.max()>0 else '', 'IoU of the others':change.mean().item()}
-    df = pd.DataFrame.from_dict(rows, orient='index').rename_axis('class')
+        others = [c for c in range(len(names)) if c!=z and pixels[c]]
+        change = (iou[1+z]-iou[0])[others].mean().item()
+        rows[names[z]] = [recall[0,z].item(), recall[1+z,z].item(), _goes_to(self, z), change]
+    columns = ['recall','recall, dropped','goes to','IoU of the others']
+    df = pd.DataFrame.from_dict(rows, orient='index', columns=columns).rename_axis('class')
     df.loc['mean'] = df.drop(columns='goes to').mean()
     return df.fillna({'goes to':''})
 
@@ -143,7 +162,6 @@ def plot(self:DropEffect,
     ax=None, # Axes to draw into; None makes a figure
 ): # Matplotlib axes
     "Draw each class's recall with nothing dropped and with the class itself dropped."
-    from matplotlib.figure import Figure
     df = self.table().drop(index='mean').iloc[::-1]
     if ax is None: ax = Figure(figsize=(5, .9+.26*len(df)), layout='constrained').subplots()
     rows = range(len(df))
@@ -161,14 +179,17 @@ def plot(self:DropEffect,
 def compare_removals(
     effect:DropEffect, # Every class dropped from the features
     colocation:Colocation, # Every class erased from the images: the same network, answering by its drop path
-) -> pd.DataFrame: # A row per pair of classes: `removed` and `class`, and the fall in the IoU of `class`, in points, where the other is `erased` and where it is `dropped`; the largest fall by erasing first
+) -> pd.DataFrame: # A row per pair, the largest fall by erasing first: `removed`, `class`, its falls in IoU, in points
     "Put a class's removal from the image beside its removal from the features."
     if effect.spec.names!=colocation.spec.names or not torch.equal(effect.confusion, colocation.confusion):
-        raise ValueError(f"{effect.label} and {colocation.label} do not begin with the same predictions: measure both on one network and the same images, and erase with the drop path (`answer_by(model, 'drop')`)")
+        raise ValueError(f"{effect.label} and {colocation.label} do not begin with the same predictions: measure both "
+                         "on one network and the same images, and erase with the drop path (`answer_by(model, 'drop')`)")
     dropped = replace(colocation, erased=effect.dropped)
     falls,names = [100*o.fall('same') for o in (colocation, dropped)],effect.spec.names
-    rows = [(names[z], names[y], *(o[z,y].item() for o in falls)) for z,y in (~falls[0].isnan()).nonzero().tolist()]
-    return pd.DataFrame(rows, columns=['removed','class','erased','dropped']).sort_values('erased', ascending=False, kind='stable', ignore_index=True)
+    pairs = (~falls[0].isnan()).nonzero().tolist()
+    rows = [(names[z], names[y], *(o[z,y].item() for o in falls)) for z,y in pairs]
+    df = pd.DataFrame(rows, columns=['removed','class','erased','dropped'])
+    return df.sort_values('erased', ascending=False, kind='stable', ignore_index=True)
 
 # %% ../../nbs/67_analysis.drop.ipynb #cdf7643f
 @patch
@@ -177,8 +198,9 @@ def save(self:DropEffect,
     **more, # Further fields to keep beside the counts, such as where they come from
 ) -> Path: # The same
     "Write the counts to a file."
-    write_json(file, dict(format=1, images=self.images, label=self.label, classes=self.spec.names, colors=self.spec.colors, ignore_index=self.spec.ignore_index,
-                          confusion=self.confusion.tolist(), dropped=self.dropped.tolist(), **more))
+    classes = dict(classes=self.spec.names, colors=self.spec.colors, ignore_index=self.spec.ignore_index)
+    counts = dict(confusion=self.confusion.tolist(), dropped=self.dropped.tolist())
+    write_json(file, dict(format=1, images=self.images, label=self.label, **classes, **counts, **more))
     return Path(file)
 
 def load_drop_effect(
@@ -186,5 +208,9 @@ def load_drop_effect(
 ) -> DropEffect: # The counts
     "Read counts from a file."
     data = json.loads(Path(file).read_text(encoding='utf-8'))
-    if data.get('format')!=1 or 'dropped' not in data: raise ValueError(f"{file} holds no drop effect of format 1, which is what this version reads: measure again, or update dropclass")
-    return DropEffect(ClassSpec(data['classes'], data['colors'], data['ignore_index']), *(torch.tensor(data[k]) for k in ('confusion','dropped')), data['images'], data['label'])
+    if data.get('format')!=1 or 'dropped' not in data:
+        raise ValueError(f"{file} holds no drop effect of format 1, which is what this version reads: "
+                         "measure again, or update dropclass")
+    spec = ClassSpec(data['classes'], data['colors'], data['ignore_index'])
+    counts = [torch.tensor(data[k]) for k in ('confusion','dropped')]
+    return DropEffect(spec, *counts, data['images'], data['label'])

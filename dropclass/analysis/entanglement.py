@@ -14,33 +14,41 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
-from .subjects import Subject, as_spec, open_model
+from matplotlib.figure import Figure
+from .context import draw_matrix
+from .subjects import Subject, as_spec, check_same_classes, open_model
 from ..core import ClassSpec, check_choice
 from ..head import kernel_of
 from ..surgery import find_classifier, get_head
 from ..importance import check_classifier, conv_importance
 
 # %% ../../nbs/62_analysis.entanglement.ipynb #a9062bd8
+_NO_VECTORS = ("which has no weight vector per class: entanglement needs a linear classifier, "
+               "a convolution or `nn.Linear`; name one as `classifier`")
+
+def _layer_weight(layer):
+    "The vectors (C,K) of one layer, as the next forward has them: weight norm makes them anew."
+    if isinstance(layer, nn.Linear): return kernel_of(layer).detach()
+    if not isinstance(layer, (nn.Conv1d,nn.Conv2d,nn.Conv3d)):
+        raise ValueError(f"The classifier is a {type(layer).__name__}, {_NO_VECTORS}")
+    return conv_importance(kernel_of(check_classifier(layer))).detach()
+
+# %% ../../nbs/62_analysis.entanglement.ipynb #ee854427
 def classifier_weight(
     model:nn.Module|Tensor, # The network, or the weights of its classifier: (C,K), or with kernel axes behind
     classifier:str|None=None, # Name of the classifier; None finds it
     num_classes:int|None=None, # Number of classes, C; None reads it off the network's output
-    probe:Tensor|None=None, # Two images to look for the classifier with, where the network takes one size only; None makes some up
+    probe:Tensor|None=None, # Two images to find the classifier with, for networks of one size; None makes some up
 ) -> Tensor: # One vector per class (C,K), detached
     "Read the weight vectors of the classes."
     if isinstance(model, Tensor):
-        if model.ndim<2: raise ValueError(f"Weights must have one row per class, (C,K) or (C,K,h,w), got shape {tuple(model.shape)}")
-        return (model if model.ndim==2 else conv_importance(model)).detach()
-    head = get_head(model)
-    if head: return torch.cat([_layer_weight(o) for o in (*(o.conv for o in head.beside), head.classifier)], 1)
-    names = find_classifier(model, num_classes, probe) if classifier is None else classifier
-    return torch.cat([_layer_weight(model.get_submodule(o)) for o in ([names] if isinstance(names, str) else names)], 1)
-
-def _layer_weight(layer):
-    "The vectors (C,K) of one layer."
-    if isinstance(layer, nn.Linear): return kernel_of(layer).detach() # As the next forward has it: weight norm makes it anew
-    if isinstance(layer, (nn.Conv1d,nn.Conv2d,nn.Conv3d)): return conv_importance(kernel_of(check_classifier(layer))).detach()
-    raise ValueError(f"The classifier is a {type(layer).__name__}, which has no weight vector per class: entanglement needs a linear classifier, a convolution or `nn.Linear`; name one as `classifier`")
+        if model.ndim>1: return (model if model.ndim==2 else conv_importance(model)).detach()
+        raise ValueError(f"Weights must have one row per class, (C,K) or (C,K,h,w), got shape {tuple(model.shape)}")
+    if head := get_head(model): layers = [*(o.conv for o in head.beside), head.classifier]
+    else:
+        names = find_classifier(model, num_classes, probe) if classifier is None else classifier
+        layers = [model.get_submodule(o) for o in ([names] if isinstance(names, str) else names)]
+    return torch.cat([_layer_weight(o) for o in layers], 1)
 
 # %% ../../nbs/62_analysis.entanglement.ipynb #540e9dca
 MEASURES = ('signed cosine','positive part','cosine of ReLU(W)')
@@ -56,6 +64,7 @@ def cosine_matrix(
     cosines = (rows@rows.T).clamp(-1, 1)
     return cosines.relu() if measure==MEASURES[1] else cosines
 
+# %% ../../nbs/62_analysis.entanglement.ipynb #0ccfd742
 def row_sums(
     matrix:Tensor, # Similarities (C,C)
 ) -> Tensor: # Sums (C,), without the diagonal
@@ -70,37 +79,42 @@ class Entanglement:
     spec:ClassSpec # The classes
     pixel_counts:Tensor|None=None # Pixels of each class in the training set (C,); None keeps the order of the labels
     label:str='network' # Name in tables
-    @property
-    def order(self): return list(range(len(self.spec))) if self.pixel_counts is None else torch.as_tensor(self.pixel_counts).argsort(stable=True).tolist()
     def matrix(self, measure='signed cosine'): return cosine_matrix(self.weight, measure)
+    @property
+    def order(self):
+        if self.pixel_counts is None: return list(range(len(self.spec)))
+        return torch.as_tensor(self.pixel_counts).argsort(stable=True).tolist()
 
+# %% ../../nbs/62_analysis.entanglement.ipynb #98720715
 def entanglement(
     model, # Learner, `Run`, network, or weights (C,K)
     spec=None, # Classes: `ClassSpec`, names or number; None asks the Learner or run, else counts the rows
     pixel_counts=None, # Pixels of each class in the training set (C,); None asks the Learner or run
     classifier:str|None=None, # Name of the classifier; None finds it
     label:str|None=None, # Name in tables; None is the run's folder, 'learner' or 'network'
-    probe:Tensor|None=None, # Two images to look for the classifier with, where the network takes one size only; None makes some up
+    probe:Tensor|None=None, # Two images to find the classifier with, for networks of one size; None makes some up
 ) -> Entanglement: # The weight vectors, with tables and pictures
     "Compare the classes by the weights of the classifier."
     if isinstance(model, (Tensor,nn.Module)):
         weight = classifier_weight(model, classifier, None if spec is None else len(as_spec(spec)), probe)
         subject = Subject(None, as_spec(len(weight) if spec is None else spec), label or 'network')
     else:
-        subject = open_model(model, spec, label=label)
+        subject = open_model(model, spec, label)
         weight = classifier_weight(subject.model, classifier, len(subject.spec), probe)
-    C = len(subject.spec)
     counts = subject.pixel_counts() if pixel_counts is None else torch.as_tensor(pixel_counts)
-    if not C==len(weight)==(C if counts is None else len(counts)):
-        raise ValueError(f"Got {len(weight)} weight vectors, {C} classes and {C if counts is None else len(counts)} pixel counts: pass those of one network")
+    found = len(weight),len(subject.spec),len(weight if counts is None else counts)
+    if len(set(found))>1:
+        raise ValueError("Got {} weight vectors, {} classes and {} pixel counts: "
+                         "pass those of one network".format(*found))
     return Entanglement(weight.cpu(), subject.spec, counts, subject.label)
 
 # %% ../../nbs/62_analysis.entanglement.ipynb #cb541f83
 @patch
 def table(self:Entanglement
-) -> pd.DataFrame: # A row per class, the rarest first, then `mean`; `pixels` in percent where known, and the row sums by the three measures
+) -> pd.DataFrame: # A row per class, the rarest first, then `mean`: `pixels` in percent if known, and the row sums
     "Tabulate how entangled each class is."
-    df = pd.DataFrame({o:row_sums(self.matrix(o)).numpy() for o in MEASURES}, index=pd.Index(self.spec.names, name='class')).iloc[self.order]
+    sums = {o:row_sums(self.matrix(o)).numpy() for o in MEASURES}
+    df = pd.DataFrame(sums, pd.Index(self.spec.names, name='class')).iloc[self.order]
     df.loc['mean'] = df.mean()
     if self.pixel_counts is not None:
         counts = torch.as_tensor(self.pixel_counts).double()
@@ -111,9 +125,9 @@ def table(self:Entanglement
 def entanglement_table(
     base:Entanglement, # The baseline
     other:Entanglement, # The network to compare with it
-) -> pd.DataFrame: # A row per class, then `mean`; for each of the three measures both networks and the difference, base minus other
+) -> pd.DataFrame: # A row per class, then `mean`; for each of the measures both networks and base minus other
     "Put two networks into the paper's Table 5."
-    if base.spec.names!=other.spec.names: raise ValueError(f"{base.label} and {other.label} have different classes ({', '.join(base.spec.names[:3])} ... and {', '.join(other.spec.names[:3])} ...): compare networks for one data set")
+    check_same_classes(base, other)
     a,b = base.table(),other.table().reindex(base.table().index)
     labels = (base.label,other.label) if base.label!=other.label else ('base','other')
     columns = {}
@@ -127,27 +141,17 @@ def plot(self:Entanglement,
     ax=None, # Axes to draw into; None makes a figure
 ): # Matplotlib axes
     "Draw the similarities of all pairs of classes."
-    from matplotlib.figure import Figure
-    C,values = len(self.spec),self.matrix(measure)[self.order][:,self.order]
-    if ax is None: ax = Figure(figsize=(1.6+.36*C, 1.1+.3*C), layout='constrained').subplots()
-    picture = ax.imshow(values, cmap='RdBu_r', vmin=-1, vmax=1)
-    for i,row in enumerate(values.tolist()):
-        for j,v in enumerate(row):
-            if i!=j and abs(v)>=.05: ax.text(j, i, f'{v:.1f}'.replace('0.', '.'), ha='center', va='center', fontsize=6.5, color='white' if abs(v)>.65 else '#333')
-    names = [self.spec.names[o] for o in self.order]
-    ax.set_xticks(range(C), names, rotation=90, fontsize=7)
-    ax.set_yticks(range(C), names, fontsize=7)
-    ax.set_title(f'{measure}: {self.label}', fontsize=9)
-    ax.figure.colorbar(picture, ax=ax, shrink=.8).ax.tick_params(labelsize=7)
-    return ax
+    names,values = [self.spec.names[o] for o in self.order],self.matrix(measure)[self.order][:,self.order].numpy()
+    write = lambda v: f'{v:.1f}'.replace('0.', '.') if .05<=abs(v)<.9999 else ''
+    return draw_matrix(values, names, 1., write, ax, f'{measure}: {self.label}')
 
+# %% ../../nbs/62_analysis.entanglement.ipynb #e7d211c6
 def plot_entanglement(
     base:Entanglement, # The baseline, on the left
     other:Entanglement, # The network to compare with it
     measure:str='signed cosine', # One of `MEASURES`
 ): # Matplotlib figure
     "Draw two networks side by side, as the paper's Figure 3."
-    from matplotlib.figure import Figure
     C = len(base.spec)
     fig = Figure(figsize=(2.6+.6*C, 1.1+.26*C), layout='constrained')
     for ax,o in zip(fig.subplots(1, 2), (base, other)): o.plot(measure, ax)

@@ -4,18 +4,24 @@
 
 # %% auto #0
 __all__ = ['CAM_MASKS', 'difference_counts', 'Differences', 'predict_labels', 'differences', 'difference_boxes', 'to_picture',
-           'shuffles', 'take_images', 'plot_differences', 'cam_masks', 'cam_layer', 'grad_cam', 'plot_grad_cam']
+           'shuffles', 'take_images', 'plot_differences', 'cam_masks', 'cam_layer', 'grad_cam', 'plot_grad_cam',
+           'CellImage', 'cell_images']
 
 # %% ../../nbs/63_analysis.figures.ipynb #96a9baf5
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import pandas as pd
 import torch
 from torch import nn, Tensor
+from fastcore.basics import patch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from scipy.ndimage import binary_dilation, find_objects, label, sum_labels
 from torch.utils.data import RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 from .bias import look_alikes
-from .context import image_counts
-from .subjects import iter_batches, open_data, open_model, show_progress
+from .context import erase, fill_for, image_counts
+from .subjects import iter_batches, open_both, open_data, open_model, show_progress
 from ..core import VOID, ClassSpec, check_choice, class_index, colorize, eval_mode
 from ..surgery import find_classifier, get_head
 from ..importance import iter_importance
@@ -28,11 +34,12 @@ def difference_counts(
     target:Tensor, # Labels (H,W)
     num_classes:int, # Number of classes, C
     ignore_index:int=VOID, # The void label: its pixels are not counted
-) -> Tensor: # Pixels (2,C,C): `[0,i,j]` of class i that only the first gets right while the second says j; `[1,i,j]` the other way round
+) -> Tensor: # Pixels (2,C,C): `[0,i,j]` of class i, only the first is right, the other says j; `[1]` vice versa
     "Count the pixels that one network gets right and the other takes for another class."
     def count(right, wrong):
         found = (target!=ignore_index)&(right==target)&(wrong!=target)
-        return torch.bincount(target[found]*num_classes+wrong[found], minlength=num_classes**2).view(num_classes, num_classes)
+        pairs = torch.bincount(target[found]*num_classes+wrong[found], minlength=num_classes**2)
+        return pairs.view(num_classes, num_classes)
     return torch.stack([count(pred_base, pred_other), count(pred_other, pred_base)])
 
 # %% ../../nbs/63_analysis.figures.ipynb #af858e12
@@ -42,26 +49,32 @@ class Differences:
     spec:ClassSpec # The classes
     labels:tuple # Names of the two networks
     counts:Tensor # Pixels (N,2,C,C): image, which network is right, truth, what the other says
+    @property
+    def both(self): return self.counts+self.counts.transpose(2, 3) # Of a pair either class may be the truth
 
-    def pairs(self,
-        k:int=5, # How many
-    ) -> pd.DataFrame: # A row per pair of classes, most pixels first: how many only one network gets right, and in how many `images`
-        "List the pairs of classes that the networks differ on."
-        both = self.counts+self.counts.transpose(2, 3)
-        rows = [(f'{self.spec.names[i]} / {self.spec.names[j]}', *both[:,:,i,j].sum(0).tolist(), int((both[:,:,i,j].sum(1)>0).sum()))
-                for i in range(len(self.spec)) for j in range(i) if both[:,:,i,j].any()]
-        columns = [f'only {o} right' for o in self.labels]
-        df = pd.DataFrame(rows, columns=['pair',*columns,'images']).set_index('pair')
-        return df.loc[df[columns].sum(axis=1).sort_values(ascending=False, kind='stable').index][:k]
+# %% ../../nbs/63_analysis.figures.ipynb #230fb5e1
+@patch
+def pairs(self:Differences,
+    k:int=5, # How many
+) -> pd.DataFrame: # A row per pair, most pixels first: how many only one network gets right, and in how many `images`
+    "List the pairs of classes that the networks differ on."
+    both,names,columns = self.both,self.spec.names,[f'only {o} right' for o in self.labels]
+    pairs = (both.sum((0,1)).tril(-1)>0).nonzero().tolist()
+    row = lambda i,j,pixels: (f'{names[i]} / {names[j]}', *pixels.sum(0).tolist(), int(pixels.any(1).sum()))
+    rows = [row(i, j, both[:,:,i,j]) for i,j in pairs]
+    df = pd.DataFrame(rows, columns=['pair',*columns,'images']).set_index('pair')
+    return df.loc[df[columns].sum(axis=1).sort_values(ascending=False, kind='stable').index][:k]
 
-    def images(self,
-        pair:tuple, # Two class names or labels
-        k:int=3, # How many
-    ) -> list: # Numbers of the images, most differing pixels first; fewer where there are no more
-        "Find the images that differ most on a pair of classes."
-        i,j = (class_index(self.spec, o) for o in pair)
-        pixels = (self.counts[:,:,i,j]+self.counts[:,:,j,i]).sum(1)
-        return [o for o in pixels.argsort(descending=True, stable=True).tolist() if pixels[o]][:k]
+# %% ../../nbs/63_analysis.figures.ipynb #0bb85da8
+@patch
+def images(self:Differences,
+    pair:tuple, # Two class names or labels
+    k:int=3, # How many
+) -> list: # Numbers of the images, most differing pixels first; fewer where there are no more
+    "Find the images that differ most on a pair of classes."
+    i,j = (class_index(self.spec, o) for o in pair)
+    pixels = self.both[:,:,i,j].sum(1)
+    return [o for o in pixels.argsort(descending=True, stable=True).tolist() if pixels[o]][:k]
 
 # %% ../../nbs/63_analysis.figures.ipynb #f4ed3cc1
 def predict_labels(
@@ -73,16 +86,10 @@ def predict_labels(
     "Label images."
     device = next(model.parameters(), torch.empty(0)).device
     with torch.no_grad(), eval_mode(model): logits = pick_logits(model(x.to(device)))[0]
-    if num_classes not in (None, logits.shape[1]): raise ValueError(f"The network scores {logits.shape[1]} classes and the data have {num_classes}: use data with the network's own classes")
+    if num_classes not in (None, logits.shape[1]):
+        raise ValueError(f"The network scores {logits.shape[1]} classes and the data have {num_classes}: "
+                         "use data with the network's own classes")
     return resize_logits(logits, size or x.shape[-2:]).argmax(1).cpu()
-
-def _open_both(base, other, data, spec, test):
-    "Two subjects with the same classes, and their images."
-    a = open_model(base, spec)
-    b = open_model(other, a.spec if isinstance(other, nn.Module) and spec is None else spec)
-    if a.spec.names!=b.spec.names: raise ValueError(f"{a.label} and {b.label} have different classes ({', '.join(a.spec.names[:3])} ... and {', '.join(b.spec.names[:3])} ...): compare networks for one data set")
-    if a.label==b.label: a,b = a._replace(label='base'),b._replace(label='other')
-    return a,b,open_data(a, data, test)
 
 # %% ../../nbs/63_analysis.figures.ipynb #06bc183f
 def differences(
@@ -95,11 +102,11 @@ def differences(
     progress=False, # Show a bar? Or a function that wraps the batches
 ) -> Differences: # Counts per image
     "Count, image by image, where two networks differ."
-    a,b,data = _open_both(base, other, data, spec, test)
-    found = []
-    for x,y in iter_batches(show_progress(data, progress), max_images=max_images):
-        preds = zip(*(predict_labels(o.model, x, y.shape[-2:], len(a.spec)) for o in (a, b)), y.cpu())
-        found += [difference_counts(*o, len(a.spec), a.spec.ignore_index) for o in preds]
+    a,b = open_both(base, other, spec)
+    C,found = len(a.spec),[]
+    for x,y in iter_batches(show_progress(open_data(a, data, test), progress), max_images=max_images):
+        preds = [predict_labels(o.model, x, y.shape[-2:], C) for o in (a, b)]
+        found += [difference_counts(*o, C, a.spec.ignore_index) for o in zip(*preds, y.cpu())]
     if not found: raise ValueError("There are no images: `data` is empty")
     return Differences(a.spec, (a.label,b.label), torch.stack(found))
 
@@ -111,7 +118,6 @@ def difference_boxes(
     least:int=4, # A region needs so many pixels
 ) -> list: # Boxes (top, left, bottom, right) in pixels, the last two excluded; the largest difference first
     "Draw a box around each region of differing pixels."
-    from scipy.ndimage import binary_dilation, find_objects, label, sum_labels
     mask = torch.as_tensor(mask).cpu().numpy().astype(bool)
     square = [[1]*3]*3
     regions,n = label(binary_dilation(mask, square, iterations=gap), square)
@@ -135,24 +141,30 @@ def to_picture(
     x = x.expand(*x.shape[:-3], 3, *x.shape[-2:]) if x.shape[-3]==1 else x[..., :3, :, :]
     return x.clamp(0, 1).movedim(-3, -1)
 
+# %% ../../nbs/63_analysis.figures.ipynb #ae1e6b5c
 def shuffles(
     data, # Batches
 ) -> bool: # Do they come in another order each time?
     "Tell loaders that shuffle: fastai's say so, PyTorch's have a random sampler."
-    samplers = (getattr(o, 'sampler', None) for o in (data, getattr(data, 'batch_sampler', None)))
-    return getattr(data, 'shuffle', False) is True or any(isinstance(o, (RandomSampler,SubsetRandomSampler,WeightedRandomSampler)) for o in samplers)
+    random = (RandomSampler,SubsetRandomSampler,WeightedRandomSampler)
+    samplers = [getattr(o, 'sampler', None) for o in (data, getattr(data, 'batch_sampler', None))]
+    return getattr(data, 'shuffle', False) is True or any(isinstance(o, random) for o in samplers)
 
+# %% ../../nbs/63_analysis.figures.ipynb #d3f86a60
 def take_images(
     data, # Batches with images first and labels last
     numbers, # Which images, counted from 0
 ) -> dict: # Number -> image (3,H,W) and labels (H,W)
     "Fetch single images out of batches."
+    if iter(data) is data:
+        raise ValueError("These images can be walked through only once, and they were counted before: "
+                         "pass a list or a DataLoader")
+    if shuffles(data):
+        raise ValueError("These images come in another order each time, so a number names no image: "
+                         "pass a DataLoader that does not shuffle, such as `dls.valid`")
     found,wanted,n = {},set(numbers),0
-    if iter(data) is data: raise ValueError("These images can be walked through only once, and they were counted before: pass a list or a DataLoader")
-    if shuffles(data): raise ValueError("These images come in another order each time, so a number names no image: pass a DataLoader that does not shuffle, `dls.valid` say")
     for x,y in iter_batches(data):
-        for i in range(n, n+len(x)):
-            if i in wanted: found[i] = x[i-n],y[i-n]
+        found |= {i:(x[i-n], y[i-n]) for i in range(n, n+len(x)) if i in wanted}
         n += len(x)
         if len(found)==len(wanted): break
     return found
@@ -164,6 +176,7 @@ def _widest_pair(found):
     pixels = (pixels+pixels.T).tril(-1)
     return divmod(int(pixels.argmax()), len(pixels)) if pixels.any() else None
 
+# %% ../../nbs/63_analysis.figures.ipynb #4144da2d
 def _pair_mask(pair, preds, target, spec):
     "Pixels (H,W) on which exactly one network is right and the other takes one class of the pair for the other."
     i,j = pair
@@ -172,14 +185,34 @@ def _pair_mask(pair, preds, target, spec):
     right = [p==target for p in preds]
     return (swapped[0]&right[1])|(swapped[1]&right[0])
 
+# %% ../../nbs/63_analysis.figures.ipynb #19fc566d
 def _draw_boxes(ax, boxes):
     "Draw white frames with a dark edge."
-    from matplotlib.patches import Rectangle
     for top,left,bottom,right in boxes:
         for color,width in (('black', 2.2), ('white', 1.2)):
             ax.add_patch(Rectangle((left-.5, top-.5), right-left, bottom-top, fill=False, ec=color, lw=width))
 
 # %% ../../nbs/63_analysis.figures.ipynb #4561dcc1
+def _draw_panels(axs, panels, boxes=()):
+    "Show pictures side by side, boxes drawn into each."
+    for ax,panel in zip(axs, panels):
+        ax.imshow(panel, interpolation='nearest')
+        ax.axis('off')
+        _draw_boxes(ax, boxes)
+
+# %% ../../nbs/63_analysis.figures.ipynb #341a83bc
+def _pair_to_show(found, pair, n):
+    "Labels of the pair, and the images that differ most on it."
+    first,second = found.labels
+    pair = _widest_pair(found) if pair is None else tuple(class_index(found.spec, o) for o in pair)
+    if pair is None:
+        raise ValueError(f"{first} and {second} differ on no pixel that one of them gets right: nothing to show")
+    numbers = found.images(pair, n)
+    if numbers: return pair,numbers
+    raise ValueError(f"The networks do not differ on {' and '.join(found.spec.names[o] for o in pair)}: "
+                     "`Differences.pairs()` lists the pairs that they differ on")
+
+# %% ../../nbs/63_analysis.figures.ipynb #c1550eab
 def plot_differences(
     base, # Learner, `Run`, or network
     other, # Another one for the same classes
@@ -189,32 +222,40 @@ def plot_differences(
     n:int=3, # How many images
     found:Differences|None=None, # What `differences` counted; None counts
     test:str='valid', # Test set of a run: 'valid', or 'unbiased' for scenes
-): # Matplotlib figure; `texts` of the axes name the pair
+): # Matplotlib figure, with the pair as its title
     "Show the images on which two networks differ most, as the paper's Figure 2."
-    from matplotlib.figure import Figure
-    a,b,data = _open_both(base, other, data, spec, test)
-    found = found or differences(a, b, data)
-    pair = _widest_pair(found) if pair is None else tuple(class_index(a.spec, o) for o in pair)
-    if pair is None: raise ValueError(f"{a.label} and {b.label} differ on no pixel that one of them gets right: there is nothing to show")
-    numbers,names = found.images(pair, n),[a.spec.names[o] for o in pair]
-    if not numbers: raise ValueError(f"The networks do not differ on {' and '.join(names)}: `Differences.pairs()` lists the pairs that they differ on")
+    a,b = open_both(base, other, spec)
+    data,spec = open_data(a, data, test),a.spec
+    pair,numbers = _pair_to_show(found or differences(a, b, data), pair, n)
     images = take_images(data, numbers)
     fig = Figure(figsize=(8, 1.75*len(numbers)), layout='constrained')
-    for axs,i in zip(fig.subplots(len(numbers), 4, squeeze=False), numbers):
+    rows = fig.subplots(len(numbers), 4, squeeze=False)
+    for axs,i in zip(rows, numbers):
         x,y = images[i]
         preds = [predict_labels(o.model, x[None], y.shape[-2:])[0] for o in (a, b)]
-        boxes = difference_boxes(_pair_mask(pair, preds, y, a.spec))
-        panels = [to_picture(x, data), *(colorize(o, a.spec) for o in (y, *preds))]
-        for ax,panel,title in zip(axs, panels, ('image','truth',a.label,b.label)):
-            ax.imshow(panel, interpolation='nearest'); ax.axis('off')
-            _draw_boxes(ax, boxes)
-            if i==numbers[0]: ax.set_title(title, fontsize=9)
-    fig.suptitle(' / '.join(names), fontsize=9)
+        panels = [to_picture(x, data), *(colorize(o, spec) for o in (y, *preds))]
+        _draw_panels(axs, panels, difference_boxes(_pair_mask(pair, preds, y, spec)))
+    for ax,title in zip(rows[0], ('image','truth',a.label,b.label)): ax.set_title(title, fontsize=9)
+    fig.suptitle(' / '.join(spec.names[o] for o in pair), fontsize=9)
     return fig
 
 # %% ../../nbs/63_analysis.figures.ipynb #94b7b684
 CAM_MASKS = ('predicted','truth','all')
 
+def _region(mask, H, W):
+    "A pixel or a region as a mask (H,W) or (N,H,W), bool."
+    if isinstance(mask, Tensor):
+        if mask.shape[-2:]==(H,W): return mask.bool()
+        raise ValueError(f"The region is {tuple(mask.shape[-2:])} pixels, the images are {(H,W)}: "
+                         "give one of the images' size")
+    row,column = mask
+    if not (0<=row<H and 0<=column<W):
+        raise ValueError(f"Pixel {mask} lies outside the images of {H}x{W}: give (row, column), counted from 0")
+    region = torch.zeros(H, W, dtype=torch.bool)
+    region[row,column] = True
+    return region
+
+# %% ../../nbs/63_analysis.figures.ipynb #2148b803
 def cam_masks(
     mask, # One of `CAM_MASKS`, a pixel (row, column), or a region (H,W) or (N,H,W), bool
     logits:Tensor, # Logits (N,C,H,W)
@@ -223,15 +264,10 @@ def cam_masks(
 ) -> Tensor: # Which pixels make up each class's score (N,n,H,W), bool; never empty
     "Choose the pixels whose logits are explained."
     N,_,H,W = logits.shape
-    if isinstance(mask, Tensor):
-        if mask.shape[-2:]!=(H,W): raise ValueError(f"The region is {tuple(mask.shape[-2:])} pixels, the images are {(H,W)}: give one of the images' size")
-        masks = (mask.bool() if mask.ndim==3 else mask.bool()[None]).to(logits.device)[:,None].expand(N, len(classes), H, W)
-    elif isinstance(mask, tuple):
-        row,column = mask
-        if not (0<=row<H and 0<=column<W): raise ValueError(f"Pixel {mask} lies outside the images of {H}x{W}: give (row, column), counted from 0")
-        masks = torch.zeros(N, len(classes), H, W, dtype=torch.bool, device=logits.device)
-        masks[:,:,row,column] = True
-    elif check_choice(mask, CAM_MASKS, 'mask')=='all': masks = torch.ones(N, len(classes), H, W, dtype=torch.bool, device=logits.device)
+    if not isinstance(mask, str):
+        region = _region(mask, H, W).to(logits.device)
+        masks = (region if region.ndim==3 else region[None])[:,None].expand(N, len(classes), H, W)
+    elif check_choice(mask, CAM_MASKS, 'mask')=='all': masks = torch.ones_like(logits[:,classes], dtype=torch.bool)
     else:
         if mask=='truth' and target is None: raise ValueError("`mask='truth'` needs the labels: pass `target`")
         labels = logits.argmax(1) if mask=='predicted' else target.to(logits.device)
@@ -245,21 +281,21 @@ def cam_layer(
     probe:Tensor|None=None, # Images to find it with where drawn ones do not go through the network
 ) -> nn.Module: # The layer whose input is explained
     "Find the layer in front of which Grad-CAM looks."
-    if layer is not None:
-        found = dict(model.named_modules())
-        if layer not in found: raise ValueError(f"The model has no layer named {layer!r}; the last ones are {', '.join(list(found)[-4:])}")
-        return found[layer]
-    head = get_head(model)
-    if head is not None: return head
-    try: name = find_classifier(model)
-    except ValueError:
-        if probe is None: raise
-        name = find_classifier(model, probe=probe) # It takes images of one size, say
-    if not isinstance(name, str): raise ValueError(f"The scores of {', '.join(name)} are added up: name the one to look at as `layer`")
-    return model.get_submodule(name)
+    found,head = dict(model.named_modules()),get_head(model)
+    if layer is None and head is not None: return head
+    if layer is None:
+        try: layer = find_classifier(model)
+        except ValueError:
+            if probe is None: raise
+            layer = find_classifier(model, probe=probe) # It takes images of one size, for example
+    if not isinstance(layer, str):
+        raise ValueError(f"The scores of {', '.join(layer)} are added up: name the one to look at as `layer`")
+    if layer in found: return found[layer]
+    raise ValueError(f"The model has no layer named {layer!r}; the last ones are {', '.join(list(found)[-4:])}")
 
+# %% ../../nbs/63_analysis.figures.ipynb #e03a456b
 def _run_from(model, module, x, features=None):
-    "Run a network, with other features at the input of a layer if given; return logits of the image's size and the features that the layer read."
+    "Logits of the image's size, and the features that a layer read; if given, other features are put at its input."
     seen = []
     def start(m, args):
         seen.append(args[0].clone() if features is None else features) # The layer may overwrite its input
@@ -284,15 +320,13 @@ def grad_cam(
         module,classes = cam_layer(model, layer, torch.cat([x[:1]]*2)),list(classes)
         with torch.no_grad(): logits,features = _run_from(model, module, x)
         masks = cam_masks(mask, logits, classes, target)
-        share = masks/masks.flatten(2).float().mean(2)[...,None,None] # So that the mean over all pixels is the mean over M
-        last = isinstance(module, nn.Linear) # Channels come last
-        first = lambda o: o.movedim(-1, 1) if last else o
-        score = lambda o: _run_from(model, module, x, o.movedim(1, -1) if last else o)[0][:,classes]*share
-        features,maps = first(features),[]
-        for importance in iter_importance(score, features):
-            weight = importance.mean((-2,-1), keepdim=True)
-            maps.append((weight*features).sum(1).relu().detach())
-    return torch.stack(maps, 1)
+        share = masks/masks.flatten(2).float().mean(2)[...,None,None] # The mean over all pixels is then that over M
+        if isinstance(module, nn.Linear): first,last = (lambda o: o.movedim(-1, 1)),(lambda o: o.movedim(1, -1))
+        else: first = last = lambda o: o
+        score = lambda o: _run_from(model, module, x, last(o))[0][:,classes]*share
+        features = first(features)
+        weights = (o.mean((-2,-1), keepdim=True) for o in iter_importance(score, features))
+        return torch.stack([(w*features).sum(1).relu().detach() for w in weights], 1)
 
 # %% ../../nbs/63_analysis.figures.ipynb #8b5d077f
 def _images_of(data, c, n, max_images=None):
@@ -303,33 +337,40 @@ def _images_of(data, c, n, max_images=None):
         best = sorted(best, key=lambda o: -o[0])[:n]
     return [(image, t) for pixels,image,t in best if pixels]
 
+# %% ../../nbs/63_analysis.figures.ipynb #1d3685af
 def _inside(cam, target, c):
     "Share of a map's mass that lies on class c."
     return float((cam*(target==c)).sum()/cam.sum().clamp(min=1e-12))
 
+# %% ../../nbs/63_analysis.figures.ipynb #d9054dc7
 def _draw_cam(ax, picture, cam, target, c):
     "Draw a map over the grey image, and the outline of the class."
     ax.imshow(picture.mean(-1), cmap='gray', vmin=0, vmax=1)
     ax.imshow(cam/cam.max().clamp(min=1e-12), cmap='inferno', alpha=.65, vmin=0, vmax=1)
-    if (target==c).any() and not (target==c).all(): ax.contour((target==c).float(), levels=[.5], colors='#7fffd4', linewidths=.8)
+    there = target==c
+    if there.any() and not there.all(): ax.contour(there.float(), levels=[.5], colors='#7fffd4', linewidths=.8)
     ax.axis('off')
 
 # %% ../../nbs/63_analysis.figures.ipynb #5c1e77a4
-def _open_one_or_two(base, other, data, spec, test):
-    "One or two subjects in a list, and their images."
-    if other is None:
-        subject = open_model(base, spec)
-        return [subject],open_data(subject, data, test)
-    *nets,data = _open_both(base, other, data, spec, test)
-    return nets,data
-
 def _find_alikes(subject, data, c):
     "The class that a network most often confuses with class c, in a list."
     with torch.no_grad(), eval_mode(subject.model):
-        confusion = sum(image_counts(subject.model, x, y, subject.spec).sum(0) for x,y in iter_batches(data, subject.device))
-    return look_alikes(confusion.cpu(), subject.spec, c, 1)
+        counts = [image_counts(subject.model, x, y, subject.spec).sum(0) for x,y in iter_batches(data, subject.device)]
+    return look_alikes(sum(counts).cpu(), subject.spec, c, 1)
 
 # %% ../../nbs/63_analysis.figures.ipynb #4a8cac42
+def _cam_row(axs, x, y, picture, shown, c, **kwargs):
+    "Draw one image, and a map for each class and network."
+    names = shown[0][1].spec.names
+    _draw_panels(axs[:1], [picture])
+    axs[0].set_title(f'{names[c]} (outlined)', fontsize=8)
+    for ax,(k,net) in zip(axs[1:], shown):
+        cam = grad_cam(net.model, x[None].to(net.device), [k], target=y[None], **kwargs)
+        cam = resize_logits(cam, y.shape)[0,0].cpu()
+        _draw_cam(ax, picture, cam, y, c)
+        ax.set_title(f'{net.label}: {names[k]}\n{100*_inside(cam, y, c):.0f} % inside', fontsize=8)
+
+# %% ../../nbs/63_analysis.figures.ipynb #50c14fb7
 def plot_grad_cam(
     base, # Learner, `Run`, or network
     other=None, # Another one for the same classes; None shows one network
@@ -343,19 +384,50 @@ def plot_grad_cam(
     test:str='valid', # Test set of a run: 'valid', or 'unbiased' for scenes
 ): # Matplotlib figure
     "Show where networks look for a class and its look-alikes, as the paper's Figure 4."
-    from matplotlib.figure import Figure
-    nets,data = _open_one_or_two(base, other, data, spec, test)
-    spec,c = nets[0].spec,class_index(nets[0].spec, truth)
+    nets = [open_model(base, spec)] if other is None else open_both(base, other, spec)
+    data,spec = open_data(nets[0], data, test),nets[0].spec
+    c = class_index(spec, truth)
     images = _images_of(data, c, n)
     if not images: raise ValueError(f"No image contains {spec.names[c]}: choose a class that occurs")
     alikes = _find_alikes(nets[0], data, c) if alikes is None else [class_index(spec, o) for o in alikes]
     shown = [(k, net) for k in [c, *alikes] for net in nets]
     fig = Figure(figsize=(1.6*(1+len(shown)), .3+1.35*len(images)), layout='constrained')
     for axs,(x,y) in zip(fig.subplots(len(images), 1+len(shown), squeeze=False), images):
-        picture = to_picture(x, data)
-        axs[0].imshow(picture); axs[0].axis('off'); axs[0].set_title(f'{spec.names[c]} (outlined)', fontsize=8)
-        for ax,(k,net) in zip(axs[1:], shown):
-            cam = resize_logits(grad_cam(net.model, x[None].to(net.device), [k], mask, y[None], layer), y.shape)[0,0].cpu()
-            _draw_cam(ax, picture, cam, y, c)
-            ax.set_title(f'{net.label}: {spec.names[k]}\n{100*_inside(cam, y, c):.0f} % inside', fontsize=8)
+        _cam_row(axs, x, y, to_picture(x, data), shown, c, mask=mask, layer=layer)
     return fig
+
+# %% ../../nbs/63_analysis.figures.ipynb #5efc242c
+class CellImage(NamedTuple):
+    "One image behind a cell of the co-location matrix."
+    number:int # Position in the data
+    image:Tensor # Image (3,H,W)
+    erased:Tensor # The same without class X (3,H,W)
+    target:Tensor # Labels (H,W)
+    before:Tensor # Predicted labels (H,W)
+    after:Tensor # Predicted labels (H,W), X erased
+    gone:int # Pixels of Y that were right before and are wrong then
+    lost:int # The same, less those the other way
+
+# %% ../../nbs/63_analysis.figures.ipynb #80e90b7d
+def cell_images(
+    model:nn.Module, # A network
+    data, # Batches of images and labels; single images will do
+    erased:int, # Class X
+    looked:int, # Class Y
+    fill='mean', # What erased pixels become, as in `colocation`
+    max_images:int|None=None, # Look at so many images; None takes all
+    seed:int=0, # Seed of the noise
+    device='cpu', # Where images are erased
+): # Iterator over the `CellImage`s that hold X and Y
+    "Walk through the images in which class Y may suffer when X is erased."
+    paint,n = fill_for(fill, data, device, max_images, seed),0
+    for x,y in iter_batches(data, device, max_images):
+        for i,(image,target) in enumerate(zip(x, y), n):
+            if not ((target==erased).any() and (target==looked).any()): continue
+            without = erase(image, target==erased, paint, i)
+            before,after = (predict_labels(model, o[None])[0] for o in (image, without))
+            target = target.cpu()
+            was,now = ((o==looked)&(target==looked) for o in (before, after))
+            pixels = int((was&~now).sum()),int(was.sum()-now.sum())
+            yield CellImage(i, image.cpu(), without.cpu(), target, before, after, *pixels)
+        n += len(x)

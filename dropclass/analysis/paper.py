@@ -20,15 +20,21 @@ def paper_data() -> dict: # `source` and, per table, `title`, `names` of the row
     return json.loads((files('dropclass.analysis')/'paper_tables.json').read_text(encoding='utf-8'))
 
 # %% ../../nbs/60_analysis.paper.ipynb #6f26254b
+def _by_method(df, table):
+    "Table 6: a row per method, in the printed order, with three numbers per mean."
+    columns = [(o, p) for o in df.columns for p in ('IoU','difference','relative %')]
+    return df.unstack('row')[columns].loc[list(dict.fromkeys(r[0] for r in table['rows']))]
+
+# %% ../../nbs/60_analysis.paper.ipynb #c12ab7dc
 def paper_table(
     n:int, # Table of the paper, 1 to 6
-) -> pd.DataFrame: # Classes (tables 1, 4 and 5) or methods (2, 3 and 6) go down; IoU in percent; `attrs['title']` says what it is
+) -> pd.DataFrame: # Classes (tables 1, 4, 5) or methods (2, 3, 6) go down; IoU in percent; `attrs['title']` names it
     "Give one of the paper's tables."
     data = paper_data()
     table = data['tables'][str(check_choice(n, range(1, 7), 'n'))]
     df = pd.DataFrame(table['rows'], columns=[*table['names'], *table['columns']]).set_index(table['names'])
     if n in (1, 4, 5): df = df.T
-    if n==6: df = df.unstack('row')[[(o, p) for o in df.columns for p in ('IoU','difference','relative %')]].loc[list(dict.fromkeys(r[0] for r in table['rows']))]
+    if n==6: df = _by_method(df, table)
     if n==1: df.insert(1, ('Cityscapes','rare'), [o in data['source']['rare'] or o=='rare mIoU' for o in df.index])
     df.index.name = 'class' if n in (1, 4, 5) else 'method'
     df.attrs = dict(title=table['title'], source=data['source']['url'])
@@ -44,11 +50,13 @@ def _checks(table, what, printed, recomputed, allowed):
     df['allowed'] = getattr(allowed, 'values', allowed)
     return df
 
+# %% ../../nbs/60_analysis.paper.ipynb #04b8e4ea
 def _check_means(table, what, column, groups):
     "Work the means of one column out again."
     again = pd.Series({name:column[list(classes)].mean() for name,classes in groups.items()})
     return _checks(table, what, column[list(groups)], again, .1)
 
+# %% ../../nbs/60_analysis.paper.ipynb #e51dd3ef
 def _check_steps(table, what, difference, base, ours, relative=None, relative_rare=None):
     "Work the differences of two columns out again, and the relative ones."
     parts = [_checks(table, f'{what} difference', difference, ours-base, .15)]
@@ -59,31 +67,59 @@ def _check_steps(table, what, difference, base, ours, relative=None, relative_ra
     return pd.concat(parts)
 
 # %% ../../nbs/60_analysis.paper.ipynb #1de6eaa3
+def _table_1_checks(rare):
+    "Means, differences and relative differences of Table 1."
+    table,parts = paper_table(1),[]
+    for model in ('HRNetV1','HRNetV2','DeepLabV3'):
+        t = table[model].astype(float)
+        groups = {'mIoU':t.index[:19], 'rare mIoU':rare}
+        parts += [_check_means(1, f'{model} {row}', t[row], groups) for row in ('Baseline','Ours')]
+        relative = t['relative %'],t['relative %'][rare].mean()
+        parts.append(_check_steps(1, model, t['difference'], t['Baseline'], t['Ours'], *relative))
+    return parts
+
+# %% ../../nbs/60_analysis.paper.ipynb #16c9c6a6
+def _table_4_checks():
+    "Means and differences of Table 4."
+    table,parts = paper_table(4),[]
+    groups = {'mIoU':table.index[:19], 'mIoU*':table.index[:9]}
+    for model in ('Baseline','Ours'):
+        t = table[model]
+        parts += [_check_means(4, f'{model} {row}', t[row], groups) for row in ('I','I*')]
+        parts.append(_check_steps(4, model, t['difference'], t['I'], t['I*']))
+    return parts
+
+# %% ../../nbs/60_analysis.paper.ipynb #17a4b391
+def _table_6_checks():
+    "Differences of Table 6."
+    table,parts = paper_table(6),[]
+    for mean in ('mIoU','rare mIoU'):
+        t,base = table[mean].iloc[1:],table.loc['Baseline', (mean,'IoU')]
+        if mean=='rare mIoU': t = t.drop('Ours') # As in Table 1, where it is a mean over classes
+        parts.append(_check_steps(6, mean, t['difference'], pd.Series(base, t.index), t['IoU'], t['relative %']))
+    return parts
+
+# %% ../../nbs/60_analysis.paper.ipynb #135b48cb
 def paper_checks(
 ) -> pd.DataFrame: # A row per mean or difference: `table`, `printed`, `recomputed`, `off`, and the `allowed` rounding
     "Work out again what the paper's tables derive from their own rows."
-    t1,t4,t5,rare = paper_table(1),paper_table(4),paper_table(5),paper_data()['source']['rare']
-    parts = []
-    for model in ('HRNetV1','HRNetV2','DeepLabV3'):
-        t = t1[model].astype(float)
-        groups = {'mIoU':t.index[:19], 'rare mIoU':rare}
-        parts += [_check_means(1, f'{model} {row}', t[row], groups) for row in ('Baseline','Ours')]
-        parts.append(_check_steps(1, model, t['difference'], t['Baseline'], t['Ours'], t['relative %'], t['relative %'][rare].mean()))
-    for model in ('Baseline','Ours'):
-        t = t4[model]
-        parts += [_check_means(4, f'{model} {row}', t[row], {'mIoU':t.index[:19], 'mIoU*':t.index[:9]}) for row in ('I','I*')]
-        parts.append(_check_steps(4, model, t['difference'], t['I'], t['I*']))
+    t5 = paper_table(5)
+    parts = _table_1_checks(paper_data()['source']['rare'])+_table_4_checks()+_table_6_checks()
     parts.append(_checks(5, 'difference', t5['difference'], t5['Baseline']-t5['Ours'], .015))
-    t6 = paper_table(6)
-    for mean in ('mIoU','rare mIoU'):
-        t,base = t6[mean].iloc[1:],t6.loc['Baseline', (mean,'IoU')]
-        if mean=='rare mIoU': t = t.drop('Ours') # As in Table 1, where it is a mean over classes
-        parts.append(_check_steps(6, mean, t['difference'], pd.Series(base, t.index), t['IoU'], t['relative %']))
-    return pd.concat(parts)
+    return pd.concat(parts).sort_values('table', kind='stable')
 
 # %% ../../nbs/60_analysis.paper.ipynb #f67efc87
-PAPER_NAMES = dict(pavement='sidewalk', tree='vegetation', signsymbol='traffic sign', pedestrian='person', bicyclist='rider') # Another data set's name -> the paper's
+PAPER_NAMES = dict( # Another data set's name -> the paper's
+    pavement='sidewalk', tree='vegetation', signsymbol='traffic sign', pedestrian='person', bicyclist='rider')
 
+# %% ../../nbs/60_analysis.paper.ipynb #b3467967
+def _paper_columns(columns, nlevels):
+    "Names for the paper's columns beside a table with so many levels of columns."
+    labels = [' '.join(o) if isinstance(o, tuple) else o for o in columns]
+    if nlevels==1: return [f'paper: {o}' for o in labels]
+    return pd.MultiIndex.from_tuples([('paper', o, *['']*(nlevels-2)) for o in labels])
+
+# %% ../../nbs/60_analysis.paper.ipynb #2123cc03
 def beside_paper(
     df:pd.DataFrame, # A row per class; means may be called `mIoU`, `rare mIoU`, `mIoU*`
     n:int, # Table of the paper: 1, 4 or 5
@@ -95,9 +131,7 @@ def beside_paper(
     known = {o.lower():o for o in paper.index}
     rows = [known.get(PAPER_NAMES.get(o.lower(), o.lower())) for o in df.index]
     found = paper.reindex(rows).set_axis(df.index)
-    label = lambda o: ' '.join(o) if isinstance(o, tuple) else o
-    if df.columns.nlevels==1: found.columns = [f'paper: {label(o)}' for o in found.columns]
-    else: found.columns = pd.MultiIndex.from_tuples([('paper', label(o), *['']*(df.columns.nlevels-2)) for o in found.columns])
+    found.columns = _paper_columns(found.columns, df.columns.nlevels)
     both = pd.concat([df, found], axis=1)
     both.attrs = df.attrs
     return both

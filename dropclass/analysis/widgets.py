@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['partial_keep', 'remaining_features', 'class_cams', 'reading_layer', 'DropView', 'read_without', 'view_drop',
            'drop_caption', 'plot_drop', 'picture_bytes', 'image_pairs', 'drop_explorer', 'plan_drops', 'plan_caption',
-           'plot_plan', 'schedule_explorer', 'CellImage', 'behind_cell', 'plot_cell', 'cell_color', 'cell_caption',
-           'cell_buttons', 'colocation_explorer']
+           'plot_plan', 'schedule_explorer', 'behind_cell', 'plot_cell', 'cell_color', 'cell_caption', 'cell_buttons',
+           'colocation_explorer']
 
 # %% ../../nbs/66_analysis.widgets.ipynb #e376a787
 import io
@@ -15,10 +15,13 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from torch import nn, Tensor
-from .context import Colocation, colocation, erase, image_stats, make_fill
+from .context import Colocation, colocation
 from .subjects import iter_batches, open_data, open_model
-from .figures import predict_labels, to_picture
+from .figures import cell_images, to_picture
 from ..core import ClassSpec, check_unit, class_index, colorize, eval_mode, step_generator
 from ..features import class_scale, drop_features, dropped_class, sample_keep_mask
 from ..head import kernel_of
@@ -46,7 +49,8 @@ def remaining_features(
 ) -> Tensor: # Features (N,K,h1,w1)
     "Take from every channel the share that speaks for what is dropped."
     some,whole = class_scale(importance, keep_mask),class_scale(importance, torch.ones_like(keep_mask))
-    positive,negative = (torch.where(b>0, a/b, torch.ones_like(a)).view(1, -1, 1, 1).to(features) for a,b in zip(some, whole))
+    left = [torch.where(b>0, a/b, torch.ones_like(a)) for a,b in zip(some, whole)]
+    positive,negative = (o.view(1, -1, 1, 1).to(features) for o in left)
     return features.relu()*positive-features.neg().relu()*negative
 
 # %% ../../nbs/66_analysis.widgets.ipynb #69ebec85
@@ -58,6 +62,12 @@ def class_cams(
     return torch.einsum('ck,khw->chw', importance.to(features), features).relu()
 
 # %% ../../nbs/66_analysis.widgets.ipynb #bb9ce876
+def _has_one_matrix(layer, plain):
+    "Can the importance be read off one convolution?"
+    closed = getattr(layer, 'form', 'closed form')=='closed form'
+    return isinstance(plain, nn.Conv2d) and closed and not getattr(layer, 'beside', ())
+
+# %% ../../nbs/66_analysis.widgets.ipynb #4d0bd950
 def reading_layer(
     model:nn.Module, # A segmentation network
     num_classes:int, # Number of classes, C
@@ -69,11 +79,11 @@ def reading_layer(
     if layer is None:
         name = name or find_classifier(model, num_classes, probe)
         layer = model.get_submodule(name) if isinstance(name, str) else None
-    plain = layer if get_head(model) is None else layer.classifier
-    if not isinstance(plain, nn.Conv2d) or getattr(layer, 'beside', ()) or getattr(layer, 'form', 'closed form')!='closed form':
-        raise ValueError(f"The explorer reads the importance off one convolution, this network's classifier is {name or type(plain).__name__}: "
-                         "look at it with `autograd_importance`, or name another layer as `classifier`")
-    return layer
+    plain = getattr(get_head(model), 'classifier', layer)
+    if _has_one_matrix(layer, plain): return layer
+    raise ValueError("The explorer reads the importance off one convolution, this network's classifier is "
+                     f"{name or type(plain).__name__}: look at it with `autograd_importance`, "
+                     "or name another layer as `classifier`")
 
 # %% ../../nbs/66_analysis.widgets.ipynb #ebfb1a2e
 class DropView(NamedTuple):
@@ -82,6 +92,7 @@ class DropView(NamedTuple):
     features:Tensor # What the classifier reads (K,h1,w1)
     cams:Tensor # Grad-CAM of every class (C,h1,w1)
 
+# %% ../../nbs/66_analysis.widgets.ipynb #523ffb85
 def read_without(
     layer:nn.Module, # Head or classifier
     features:Tensor, # Features (N,K,h1,w1)
@@ -121,7 +132,8 @@ def drop_caption(
     "Say how the prediction changed."
     was,now = ((o.labels==c) for o in (before, after))
     others = (before.labels!=after.labels)&~was&~now
-    return f"{name}: {was.sum()} pixels predicted with all of it, {now.sum()} now; {others.sum()} pixels changed between other classes"
+    return (f"{name}: {was.sum()} pixels predicted with all of it, {now.sum()} now; "
+            f"{others.sum()} pixels changed between other classes")
 
 # %% ../../nbs/66_analysis.widgets.ipynb #c8775fdf
 def _show(ax, picture, title, **kwargs):
@@ -129,6 +141,7 @@ def _show(ax, picture, title, **kwargs):
     ax.set_title(title, fontsize=8)
     ax.axis('off')
 
+# %% ../../nbs/66_analysis.widgets.ipynb #cfd9c527
 def plot_drop(
     before:DropView, # With all classes
     after:DropView, # With a class dropped
@@ -140,7 +153,6 @@ def plot_drop(
     data=None, # Where the image comes from; a fastai DataLoader knows its normalisation
 ): # Matplotlib figure
     "Draw an image, its prediction, features and Grad-CAM, with and without a class."
-    from matplotlib.figure import Figure
     fig = Figure(figsize=(8, 3.1), layout='constrained')
     axs,name = fig.subplots(2, 4),spec.names[c]
     _show(axs[0,0], to_picture(image, data), 'image')
@@ -162,12 +174,20 @@ def picture_bytes(
     fig.savefig(file, format='png', dpi=dpi)
     return file.getvalue()
 
+# %% ../../nbs/66_analysis.widgets.ipynb #d8e09e60
 def _ipywidgets():
     "Import ipywidgets, or say how to get it."
     try: import ipywidgets
-    except ImportError as e: raise ImportError("Widgets need ipywidgets: run `pip install ipywidgets jupyterlab`") from e
+    except ImportError as e:
+        raise ImportError("Widgets need ipywidgets: run `pip install ipywidgets jupyterlab`") from e
     return ipywidgets
 
+def _picture(**layout):
+    "An empty picture."
+    w = _ipywidgets()
+    return w.Image(format='png', layout=w.Layout(max_width='800px', **layout))
+
+# %% ../../nbs/66_analysis.widgets.ipynb #c8bba4b2
 def _explorer(controls, draw, *below):
     "Put controls above what `draw` fills, draw once, and again whenever a control moves."
     for o in controls: o.observe(lambda change: draw(), 'value')
@@ -186,13 +206,20 @@ def image_pairs(
     if not pairs: raise ValueError("There are no images: `data` is empty")
     return pairs
 
+# %% ../../nbs/66_analysis.widgets.ipynb #ba70f090
 def _open(model, data, spec, max_images):
     "Network, classes, single images on the network's device, and where they come from."
     subject = open_model(model, spec)
-    device,data = next(subject.model.parameters(), torch.empty(0)).device,open_data(subject, data)
-    return subject.model,subject.spec,image_pairs(data, device, max_images),data
+    data = open_data(subject, data)
+    return subject.model,subject.spec,image_pairs(data, subject.device, max_images),data
 
 # %% ../../nbs/66_analysis.widgets.ipynb #8cecd6a6
+def _other_path(head):
+    "A remark where the picture is not what the network answers."
+    if head is None or head.predicts=='drop': return ''
+    return f'. Shown is the drop path; the network itself answers by the {head.predicts} path'
+
+# %% ../../nbs/66_analysis.widgets.ipynb #e20d4adf
 def drop_explorer(
     model, # Learner, `Run`, or network
     data=None, # Batches of images and labels; None takes those of the Learner or run
@@ -204,16 +231,17 @@ def drop_explorer(
     "Drop a class with a slider, and see prediction, features and Grad-CAM change."
     w = _ipywidgets()
     net,spec,pairs,data = _open(model, data, spec, max_images)
-    layer,head = reading_layer(net, len(spec), classifier, torch.stack([pairs[0][0]]*2)),get_head(net)
-    path = f'. Shown is the drop path; the network itself answers by the {head.predicts} path' if head is not None and head.predicts!='drop' else ''
+    layer,note = reading_layer(net, len(spec), classifier, torch.stack([pairs[0][0]]*2)),_other_path(get_head(net))
+    classes = [(o,c) for c,o in enumerate(spec.names)]
     image = w.IntSlider(0, 0, len(pairs)-1, description='image')
-    name = w.Dropdown(options=[(o,c) for c,o in enumerate(spec.names)], value=class_index(spec, start), description='class')
+    name = w.Dropdown(options=classes, value=class_index(spec, start), description='class')
     amount = w.FloatSlider(1., min=0., max=1., step=.05, description='dropped')
-    picture,text = w.Image(format='png', layout=w.Layout(max_width='800px')),w.HTML()
+    picture,text = _picture(),w.HTML()
     def draw():
         (x,y),c = pairs[image.value],name.value
         before,after = (view_drop(net, layer, x, partial_keep(len(spec), c, o)) for o in (0., amount.value))
-        picture.value,text.value = picture_bytes(plot_drop(before, after, x, y.cpu(), spec, c, amount.value, data)),escape(drop_caption(before, after, c, spec.names[c])+path)
+        picture.value = picture_bytes(plot_drop(before, after, x, y.cpu(), spec, c, amount.value, data))
+        text.value = escape(drop_caption(before, after, c, spec.names[c])+note)
     return _explorer([image, name, amount], draw, picture, text)
 
 # %% ../../nbs/66_analysis.widgets.ipynb #24cc7188
@@ -225,7 +253,7 @@ def plan_drops(
     drop_prob=None, # Schedule of the drop probability; None rises linearly from 0 to 1
     per_epoch:bool=False, # Hold the values during an epoch?
     seed:int=0, # The callback's seed
-    droppable:list|None=None, # Labels of the classes that may be dropped, where the callback has `never_drop`; None allows all
+    droppable:list|None=None, # Labels of the classes that may be dropped, as by `never_drop`; None allows all
     weights=None, # How often each class is drawn (C,), where the callback has a fixed `draw`; None draws all alike
 ) -> pd.DataFrame: # A row per step: `step`, `epoch`, `lam`, `drop_prob`, `dropped_class` (label, nan for none)
     "Write down what a fit with DropClass will do in every step."
@@ -235,7 +263,8 @@ def plan_drops(
         values = [schedule_value(o, step/total, per_epoch, epochs) for o in (lam, drop_prob)]
         keep_mask = sample_keep_mask(num_classes, values[1], step_generator(seed, step), droppable, weights)
         rows.append((step, step//steps_per_epoch, *values, dropped_class(keep_mask)))
-    return pd.DataFrame(rows, columns=['step','epoch','lam','drop_prob','dropped_class']).astype({'dropped_class':float})
+    df = pd.DataFrame(rows, columns=['step','epoch','lam','drop_prob','dropped_class'])
+    return df.astype({'dropped_class':float})
 
 # %% ../../nbs/66_analysis.widgets.ipynb #b916c708
 def plan_caption(
@@ -244,18 +273,20 @@ def plan_caption(
 ) -> str: # A sentence
     "Sum up a plan."
     drops = plan.dropped_class.value_counts().reindex(range(num_classes), fill_value=0)
-    return (f"{len(plan)} steps, {int(drops.sum())} of them drop a class: each class {drops.min()} to {drops.max()} times. "
+    return (f"{len(plan)} steps, {int(drops.sum())} of them drop a class: "
+            f"each class {drops.min()} to {drops.max()} times. "
             f"The drop path has {plan.lam.mean():.0%} of the loss, taken over the whole fit.")
 
+# %% ../../nbs/66_analysis.widgets.ipynb #915f154f
 def plot_plan(
     plan:pd.DataFrame, # What `plan_drops` gave
     names, # Class names
 ): # Matplotlib figure
     "Draw the ramps, and every drop as a dot on the line of its class."
-    from matplotlib.figure import Figure
     fig = Figure(figsize=(8, max(2.4, 1.3+.13*len(names))), layout='constrained')
     left,right = fig.subplots(1, 2, width_ratios=(1,1.5))
-    for column,style in (('lam','-'), ('drop_prob','--')): left.step(plan.step, plan[column], style, where='post', label={'lam':'lambda'}.get(column, 'drop probability'))
+    for column,style,name in (('lam','-','lambda'), ('drop_prob','--','drop probability')):
+        left.step(plan.step, plan[column], style, where='post', label=name)
     left.set(xlabel='step', ylim=(-.03,1.03))
     left.legend(frameon=False, fontsize=8)
     right.plot(plan.step, plan.dropped_class, '|', ms=7, color='#d1603d')
@@ -265,6 +296,17 @@ def plot_plan(
     return fig
 
 # %% ../../nbs/66_analysis.widgets.ipynb #1acf2bdd
+def _droppable(names, never_drop):
+    "Labels of the classes that may be dropped."
+    never = [never_drop] if isinstance(never_drop, (str,int)) else never_drop
+    return sorted({*range(len(names))}-{class_index(ClassSpec(names), o) for o in never})
+
+def _ramps(rise, tops):
+    "Ramps between two shares of the fit, which must not be the same, to the highest values."
+    since = min(rise[0], .99)
+    return [hold_ramp(0., o, max(rise[1], since+.01), since) for o in tops]
+
+# %% ../../nbs/66_analysis.widgets.ipynb #1aecf589
 def schedule_explorer(
     names=15, # Class names, or their number
     epochs:int=10, # Length of the fit at first
@@ -274,31 +316,19 @@ def schedule_explorer(
     "Plan a fit: see the ramps and every drop before it runs."
     w = _ipywidgets()
     names = [f'class {i}' for i in range(names)] if isinstance(names, int) else list(names)
-    never = {class_index(ClassSpec(names), o) for o in ((never_drop,) if isinstance(never_drop, (str,int)) else never_drop)}
-    droppable = [c for c in range(len(names)) if c not in never]
-    epoch,steps = w.IntSlider(epochs, 1, 100, description='epochs'),w.IntSlider(steps_per_epoch, 1, 200, description='steps/epoch')
+    droppable = _droppable(names, never_drop)
+    epoch = w.IntSlider(epochs, 1, 100, description='epochs')
+    steps = w.IntSlider(steps_per_epoch, 1, 200, description='steps/epoch')
     rise = w.FloatRangeSlider(value=(0.,1.), min=0., max=1., step=.05, description='rise')
-    lam,drop = (w.FloatSlider(1., min=0., max=1., step=.05, description=o) for o in ('highest λ','highest p'))
-    hold,seed = w.Checkbox(False, description='hold during an epoch'),w.BoundedIntText(0, min=0, max=9999, description='seed')
-    picture,text = w.Image(format='png', layout=w.Layout(max_width='800px')),w.HTML()
+    tops = [w.FloatSlider(1., min=0., max=1., step=.05, description=o) for o in ('highest λ','highest p')]
+    hold = w.Checkbox(False, description='hold during an epoch')
+    seed = w.BoundedIntText(0, min=0, max=9999, description='seed')
+    picture,text = _picture(),w.HTML()
     def draw():
-        since,until = rise.value[0],max(rise.value[1], rise.value[0]+.01)
-        if until>1: since,until = .99,1.
-        ramps = [hold_ramp(0., o.value, until, since) for o in (lam, drop)]
+        ramps = _ramps(rise.value, [o.value for o in tops])
         plan = plan_drops(len(names), epoch.value, steps.value, *ramps, hold.value, seed.value, droppable)
         picture.value,text.value = picture_bytes(plot_plan(plan, names)),plan_caption(plan, len(names))
-    return _explorer([epoch, steps, rise, lam, drop, hold, seed], draw, picture, text)
-
-# %% ../../nbs/66_analysis.widgets.ipynb #ff79af25
-class CellImage(NamedTuple):
-    "One image behind a cell of the co-location matrix."
-    number:int # Position in the data
-    image:Tensor # Image (3,H,W)
-    erased:Tensor # The same without class X (3,H,W)
-    target:Tensor # Labels (H,W)
-    before:Tensor # Predicted labels (H,W)
-    after:Tensor # Predicted labels (H,W), X erased
-    lost:int # Pixels of Y that were right before and are wrong then, less those the other way
+    return _explorer([epoch, steps, rise, *tops, hold, seed], draw, picture, text)
 
 # %% ../../nbs/66_analysis.widgets.ipynb #eb5059d0
 def behind_cell(
@@ -311,14 +341,7 @@ def behind_cell(
     seed:int=0, # Seed of the noise
 ) -> list: # `CellImage`s that hold X and Y, the most lost pixels first
     "Find the images in which class Y suffers most when X is erased."
-    needs_stats = isinstance(fill, str) and fill in ('mean','noise')
-    paint,found = make_fill(fill, image_stats(pairs, pairs[0][0].device) if needs_stats else None, seed),[]
-    for i,(image,target) in enumerate(pairs):
-        if not ((target==erased).any() and (target==looked).any()): continue
-        without = erase(image, target==erased, paint, i)
-        (before,after),target = (predict_labels(model, o[None])[0] for o in (image, without)),target.cpu()
-        right = [((o==looked)&(target==looked)).sum().item() for o in (before, after)]
-        found.append(CellImage(i, image.cpu(), without.cpu(), target, before, after, right[0]-right[1]))
+    found = cell_images(model, pairs, erased, looked, fill, seed=seed, device=pairs[0][0].device)
     return sorted(found, key=lambda o: -o.lost)[:k]
 
 # %% ../../nbs/66_analysis.widgets.ipynb #4a794c98
@@ -330,14 +353,17 @@ def plot_cell(
     data=None, # Where the images come from; a fastai DataLoader knows its normalisation
 ): # Matplotlib figure
     "Draw images with and without a class, with what the network makes of both."
-    from matplotlib.figure import Figure
     X,Y = spec.names[erased],spec.names[looked]
     h,w = found[0].target.shape
     fig = Figure(figsize=(8, .25+len(found)*min(2.6, 1.56*h/w+.2)), layout='constrained')
     for row,o in zip(fig.subplots(len(found), 5, squeeze=False), found):
-        pictures = to_picture(o.image, data),colorize(o.target, spec),colorize(o.before, spec),to_picture(o.erased, data),colorize(o.after, spec)
-        titles = f'image {o.number}','labels','prediction',f'{X} erased',f'{Y}: {o.lost} px lost'
-        for ax,picture,title in zip(row, pictures, titles): _show(ax, picture, title)
+        image,without = (to_picture(x, data) for x in (o.image, o.erased))
+        target,before,after = (colorize(x, spec) for x in (o.target, o.before, o.after))
+        _show(row[0], image, f'image {o.number}')
+        _show(row[1], target, 'labels')
+        _show(row[2], before, 'prediction')
+        _show(row[3], without, f'{X} erased')
+        _show(row[4], after, f'{Y}: {o.lost} px lost')
     return fig
 
 # %% ../../nbs/66_analysis.widgets.ipynb #6ce19260
@@ -346,10 +372,9 @@ def cell_color(
     top:float, # Fall that gets the deepest colour
 ) -> str: # Colour as '#rrggbb'; grey where there is nothing to measure
     "Choose the colour of a cell: red for a fall, blue for a gain."
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
     return '#eceae4' if fall!=fall else to_hex(colormaps['RdBu_r'](.5+.5*max(-1., min(1., fall/top))))
 
+# %% ../../nbs/66_analysis.widgets.ipynb #6d04f5e5
 def cell_caption(
     counts:Colocation, # What `colocation` gave
     erased:int, # Class X
@@ -359,30 +384,39 @@ def cell_caption(
     "Say what a cell of the matrix holds."
     X,Y = counts.spec.names[erased],counts.spec.names[looked]
     before,after = (100*o[erased,looked].item() for o in (counts.iou_before(), counts.iou_after()))
-    seen = f"the {len(found)} images with both that lose most" if len(found)>1 else "the image with both that loses most" if found else "no image holds both"
+    some = {0:"no image holds both", 1:"the image with both that loses most"}
+    seen = some.get(len(found), f"the {len(found)} images with both that lose most")
     return f"{X} erased: the IoU of {Y} goes from {before:.1f} to {after:.1f} % ({after-before:+.1f} points); {seen}"
 
 # %% ../../nbs/66_analysis.widgets.ipynb #e4db416a
+_UPRIGHT = 'writing-mode:vertical-rl;transform:rotate(180deg);line-height:34px;white-space:nowrap'
+
+def _text(name, style): return _ipywidgets().HTML(f'<div style="{style}">{escape(name)}</div>')
+
+def _cell_button(v, top, tooltip):
+    "A cell of the matrix."
+    w = _ipywidgets()
+    style = dict(button_color=cell_color(v, top), text_color='white' if abs(v)>.6*top else '#333', font_size='11px')
+    layout = w.Layout(width='34px', height='26px', padding='0', margin='1px')
+    text = f'{v:.0f}' if abs(v)>=.5 else ''
+    return w.Button(description=text, disabled=v!=v, layout=layout, style=style, tooltip=tooltip)
+
+# %% ../../nbs/66_analysis.widgets.ipynb #26e0c197
 def cell_buttons(
     counts:Colocation, # What `colocation` gave
     click, # Function (erased, looked) -> anything, called by a click
 ): # Widget: a grid of buttons with names beside and above
     "Build the matrix as a grid of buttons."
-    w,spec = _ipywidgets(),counts.spec
-    order,falls = counts.confusion.sum(1).argsort(stable=True).tolist(),100*counts.fall()
-    top,cell = max(1., falls.nan_to_num().abs().max().item()),w.Layout(width='34px', height='26px', padding='0', margin='1px')
-    upright = '<div style="writing-mode:vertical-rl;transform:rotate(180deg);line-height:34px;white-space:nowrap">{}</div>'
-    rows = [w.HTML('erased ↓ looked at →'), *(w.HTML(upright.format(escape(spec.names[c]))) for c in order)]
+    w,names,falls = _ipywidgets(),counts.spec.names,100*counts.fall()
+    order,top = counts.confusion.sum(1).argsort(stable=True).tolist(),max(1., falls.nan_to_num().abs().max().item())
+    rows = [w.HTML('erased ↓ looked at →'), *(_text(names[c], _UPRIGHT) for c in order)]
     for a in order:
-        rows.append(w.HTML(f'<div style="white-space:nowrap;line-height:26px">{escape(spec.names[a])}</div>'))
+        rows.append(_text(names[a], 'white-space:nowrap;line-height:26px'))
         for b in order:
-            v = falls[a,b].item()
-            style = dict(button_color=cell_color(v, top), text_color='white' if abs(v)>.6*top else '#333', font_size='11px')
-            button = w.Button(description=f'{v:.0f}' if abs(v)>=.5 else '', disabled=v!=v, layout=cell, style=style,
-                              tooltip=f'{spec.names[a]} erased, {spec.names[b]} looked at')
-            button.on_click(lambda _, a=a, b=b: click(a, b))
-            rows.append(button)
-    return w.GridBox(rows, layout=w.Layout(grid_template_columns=f'max-content repeat({len(order)}, 36px)', align_items='flex-end', overflow='auto'))
+            rows.append(_cell_button(falls[a,b].item(), top, f'{names[a]} erased, {names[b]} looked at'))
+            rows[-1].on_click(lambda _, a=a, b=b: click(a, b))
+    columns = f'max-content repeat({len(order)}, 36px)'
+    return w.GridBox(rows, layout=w.Layout(grid_template_columns=columns, align_items='flex-end', overflow='auto'))
 
 # %% ../../nbs/66_analysis.widgets.ipynb #dd425c4d
 def colocation_explorer(
@@ -397,9 +431,10 @@ def colocation_explorer(
     w = _ipywidgets()
     net,spec,pairs,data = _open(model, data, spec, max_images)
     counts = colocation(net, pairs, spec, fill, bs=16 if len({o.shape for o,_ in pairs})==1 else 1)
-    text,picture = w.HTML('Click a cell to see the images behind it.'),w.Image(format='png', layout=w.Layout(max_width='800px', display='none'))
+    text,picture = w.HTML('Click a cell to see the images behind it.'),_picture(display='none')
     def click(erased, looked):
         found = behind_cell(net, pairs, erased, looked, fill, k)
-        text.value,picture.layout.display = escape(cell_caption(counts, erased, looked, found)),'block' if found else 'none'
+        text.value = escape(cell_caption(counts, erased, looked, found))
+        picture.layout.display = 'block' if found else 'none'
         if found: picture.value = picture_bytes(plot_cell(found, spec, erased, looked, data))
     return w.VBox([cell_buttons(counts, click), text, picture])

@@ -10,14 +10,16 @@ _OFFERS = dict(
     core='ClassSpec step_generator',
     features='sample_keep_mask',
     losses='dropclass_loss',
-    head='add_dropclass get_head remove_dropclass fold_dropclass split_paths',
+    head='split_paths',
+    surgery='add_dropclass get_head remove_dropclass',
+    fold='fold_dropclass',
     models='create_model',
     metrics='evaluate',
     callback='DropClassCallback',
     rivals='FadeWeightsCallback',
     paste='ClassPasteCallback paste_classes',
     prior='tune_prior shift_classes unshift_classes',
-    **{'analysis.audit':'audit', 'run.experiment':'Config train_run load_run'})
+    **{'analysis.audit':'audit', 'run.config':'Config', 'run.experiment':'train_run load_run'})
 NAMES = {name: module for module,names in _OFFERS.items() for name in names.split()}
 __all__ = ['__version__', *NAMES]
 

@@ -383,7 +383,9 @@ def compare(
     "Compare runs class by class, as in the paper's Table 1, and settings over several seeds."
     with one_line_errors(debug):
         from dropclass.run.compare import save_comparison, show_comparison
+        from dropclass.run.tuned import tuned_text
         df = show_comparison(runs, test, path_of, by_run)
+        if tuned := tuned_text(runs, test, path_of): print(f"\n{tuned}")
         if save: print(f"\nWritten to {save_comparison(df, save)}")
         return df
 
@@ -574,10 +576,12 @@ def demo_verdict(
 def _show_demo(runs, out):
     "Print and draw what the demo found."
     from dropclass.run.compare import comparison, read_run, save_comparison, show_comparison
+    from dropclass.run.tuned import tuned_text
     tables = {}
     for test,title in (('valid',"In the biased world, where things stand where they belong"), ('unbiased',"In the unbiased world, where they stand anywhere")):
         print(f"\n== {title} ==\n")
         tables[test] = show_comparison(runs, test)
+        print(f"\n{tuned_text(runs, test)}")
         save_comparison(tables[test], out/f"{'biased' if test=='valid' else test}.png")
     print("\n== The paths of the DropClass run (mIoU, rare mIoU) ==\n")
     run = read_run(runs[1])

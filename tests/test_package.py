@@ -162,22 +162,19 @@ def test_readme_links():
 
 readme_setup = """
 import torch
-from dropclass.testing import ToyNet, toy_batch, toy_dls
+from dropclass.testing import toy_dls
 dls = toy_dls(n=4, bs=2, num_classes=12, size=32)
-model = ToyNet(num_classes=19)
-batches,total,seed = [toy_batch(n=2, num_classes=19, seed=i) for i in range(3)],3,0
-before = model.classifier.weight.detach().clone()
+tune_dl,weights = dls.valid,torch.linspace(.5, 4, 12)
 """
 readme_checks = """
-assert learn.recorder.values and torch.isfinite(loss) and model(batches[0][0]).shape==(2,19,16,16)
-assert not torch.equal(before, head.classifier.weight)
+assert learn.recorder.values and all(torch.isfinite(torch.tensor(o)) for o in learn.validate())
 """
 
 
 def test_readme_code_runs(tmp_path):
     "All examples train as they stand, only smaller, with no pretrained weights, on toy data."
     blocks = re.findall(r'^```python\n(.*?)^```$', (root/'README.md').read_text(encoding='utf-8'), flags=re.MULTILINE|re.DOTALL)
-    assert len(blocks)==3
+    assert len(blocks)==1
     code = '\n'.join([readme_setup, *blocks, readme_checks])
     for old,new in {'resnet34,': 'resnet18, pretrained=False,', 'fit_one_cycle(20,': 'fit_one_cycle(1,'}.items():
         assert old in code

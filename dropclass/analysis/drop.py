@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from matplotlib.figure import Figure
 from .context import HARBOUR, Colocation, harbour, image_counts
 from .subjects import iter_batches, open_data, open_model, show_progress
-from ..core import ClassSpec, eval_mode, step_generator
+from ..core import ClassSpec, eval_mode, step_generator, write_json
 from ..features import sample_keep_mask
 from ..head import DropClassHead, split_paths
 from ..surgery import add_dropclass, get_head

@@ -272,6 +272,27 @@ def mark_trained(self:DropClassHead,
     self._drop_trained = trained
     if not self.drop_trained.is_inference(): self._flag_seen = id(self.drop_trained),self.drop_trained._version
 
+# %% ../nbs/20_head.ipynb #bd1fc5c2
+@patch
+def state_dict(self:DropClassHead, *args, **kwargs):
+    "All weights, the classifier's under the names that they have without the head."
+    found,prefix = nn.Module.state_dict(self, *args, **kwargs),kwargs.get('prefix', '')
+    inner = prefix+'classifier.'
+    for k in [k for k in found if k.startswith(inner)]: found[prefix+k[len(inner):]] = found.pop(k)
+    return found
+
+@patch
+def _load_from_state_dict(self:DropClassHead, state_dict, prefix, *args):
+    "Accept a plain checkpoint, too: then keep the block's weights, and let the plain path answer."
+    own = [prefix+k for k in self.classifier.state_dict()]
+    block = {k:v for k,v in self.state_dict(prefix=prefix).items() if k not in own}
+    if all(k in state_dict for k in own):
+        for k in own: state_dict[prefix+'classifier.'+k[len(prefix):]] = state_dict.pop(k)
+        block[prefix+'drop_trained'] = torch.zeros_like(self.drop_trained)
+        for k,v in block.items(): state_dict.setdefault(k, v)
+    nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+    self._drop_trained = bool(self.drop_trained>=.5)
+
 # %% ../nbs/20_head.ipynb #bae98a63
 @patch(as_prop=True)
 def armed(self:DropClassHead) -> bool: # Will the next forward return what the step asks for?
@@ -294,6 +315,19 @@ def arm(self:DropClassHead,
     self.step = DropStep(keep_mask, path, **kwargs)
     return self.step
 
+# %% ../nbs/20_head.ipynb #d8074c99
+@patch
+@contextlib.contextmanager
+def dropping(self:DropClassHead,
+    keep_mask:Tensor, # Mask (C,), 1 = kept, 0 = dropped; a list or array will do
+    lam:float|None=None, # Weight of the drop path's loss in this step; from 0.5 on the drop path counts as trained
+    **kwargs, # More that `arm` takes: `only` one path, and fields of `DropStep`
+): # The `DropStep`; the head looks at what was armed before when the block ends
+    "Return both paths, stacked, from every training forward inside the context; or just one."
+    before = self.step
+    try: yield self.arm(keep_mask, lam, **kwargs)
+    finally: self.step = before
+
 # %% ../nbs/20_head.ipynb #17e07428
 @patch
 def answer_unarmed(self:DropClassHead,
@@ -311,33 +345,6 @@ def answer_unarmed(self:DropClassHead,
             "under `predict='auto'` the plain path answers again: fit with `cbs=DropClassCallback()`, use "
             "`head.dropping(keep_mask)` in your own loop, or `remove_dropclass(model)`")
     return self.classify(features)
-
-# %% ../nbs/20_head.ipynb #d57aeb9f
-@patch
-def answer(self:DropClassHead,
-    features:Tensor, # Features (N,K,h1,w1)
-) -> Tensor: # Logits (N,C,h1,w1); both paths stacked (2N,C,h1,w1) while armed
-    "Classify the features, by both paths while a mask is armed."
-    if (leaf := getattr(self.tail, 'leaf', None)) is not None: return self.classify(leaf)
-    if self.armed: return self.answer_armed(features)
-    if self.training: return self.answer_unarmed(features)
-    path = self.predicts
-    if path=='plain': return self.classify(features)
-    drop_logits = self.drop_logits(features)
-    return drop_logits if path=='drop' else (self.classify(features)+drop_logits)/2
-
-# %% ../nbs/20_head.ipynb #d8074c99
-@patch
-@contextlib.contextmanager
-def dropping(self:DropClassHead,
-    keep_mask:Tensor, # Mask (C,), 1 = kept, 0 = dropped; a list or array will do
-    lam:float|None=None, # Weight of the drop path's loss in this step; from 0.5 on the drop path counts as trained
-    **kwargs, # More that `arm` takes: `only` one path, and fields of `DropStep`
-): # The `DropStep`; the head looks at what was armed before when the block ends
-    "Return both paths, stacked, from every training forward inside the context; or just one."
-    before = self.step
-    try: yield self.arm(keep_mask, lam, **kwargs)
-    finally: self.step = before
 
 # %% ../nbs/20_head.ipynb #be5c4ae0
 @patch
@@ -363,6 +370,20 @@ def answer_armed(self:DropClassHead,
     if step.path=='plain': logits = logits+0*sum(o.sum() for o in self.compensation.parameters())
     if step.small_only: return step.keep_small(logits, drop_logits)
     return torch.cat([o for o in (logits, drop_logits) if o is not None])
+
+# %% ../nbs/20_head.ipynb #d57aeb9f
+@patch
+def answer(self:DropClassHead,
+    features:Tensor, # Features (N,K,h1,w1)
+) -> Tensor: # Logits (N,C,h1,w1); both paths stacked (2N,C,h1,w1) while armed
+    "Classify the features, by both paths while a mask is armed."
+    if (leaf := getattr(self.tail, 'leaf', None)) is not None: return self.classify(leaf)
+    if self.armed: return self.answer_armed(features)
+    if self.training: return self.answer_unarmed(features)
+    path = self.predicts
+    if path=='plain': return self.classify(features)
+    drop_logits = self.drop_logits(features)
+    return drop_logits if path=='drop' else (self.classify(features)+drop_logits)/2
 
 # %% ../nbs/20_head.ipynb #5ee067fe
 def _has_rows(out):
@@ -396,27 +417,6 @@ def split_paths(
     if len(out)==batch_size: return out,None
     raise ValueError(f"An output of shape {tuple(out.shape)} holds neither {batch_size} nor {2*batch_size} rows for a "
         f"batch of {batch_size}: something behind the classifier mixes rows; give `batch_size` the number of images")
-
-# %% ../nbs/20_head.ipynb #bd1fc5c2
-@patch
-def state_dict(self:DropClassHead, *args, **kwargs):
-    "All weights, the classifier's under the names that they have without the head."
-    found,prefix = nn.Module.state_dict(self, *args, **kwargs),kwargs.get('prefix', '')
-    inner = prefix+'classifier.'
-    for k in [k for k in found if k.startswith(inner)]: found[prefix+k[len(inner):]] = found.pop(k)
-    return found
-
-@patch
-def _load_from_state_dict(self:DropClassHead, state_dict, prefix, *args):
-    "Accept a plain checkpoint, too: then keep the block's weights, and let the plain path answer."
-    own = [prefix+k for k in self.classifier.state_dict()]
-    block = {k:v for k,v in self.state_dict(prefix=prefix).items() if k not in own}
-    if all(k in state_dict for k in own):
-        for k in own: state_dict[prefix+'classifier.'+k[len(prefix):]] = state_dict.pop(k)
-        block[prefix+'drop_trained'] = torch.zeros_like(self.drop_trained)
-        for k,v in block.items(): state_dict.setdefault(k, v)
-    nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
-    self._drop_trained = bool(self.drop_trained>=.5)
 
 # %% ../nbs/20_head.ipynb #e15168df
 def stack_paths(

@@ -26,22 +26,6 @@ from .metrics import own_rows, rare_classes
 from .models import pick_logits
 from .ranks import gather_ranks, sum_over_ranks
 
-# %% ../nbs/32_prior.ipynb #0c9a2bde
-TAUS = (-.5, -.25, 0., .25, .5, .75, 1., 1.25, 1.5) # The default grid
-
-def class_offsets(
-    weights=None, # Class weights of the training loss (C,), above 0: tensor, array or list; their scale does not matter
-    tau=1., # How far to go: a number, or T of them; 0 changes nothing
-    counts=None, # Instead of weights, for a network trained without: training pixels of each class (C,)
-) -> Tensor: # Offsets to add to the logits, (C,), or (T,C) for several tau; float32, mean 0 over the classes
-    "Turn class weights or pixel counts into one constant per class, `-tau*log(w)`."
-    if (weights is None)==(counts is None):
-        raise ValueError("Give `weights`, those of the training loss, or `counts`, the training pixels: one of the two")
-    values = check_weights(weights) if counts is None else check_counts(counts)
-    log = values.log().where(values>0, torch.nan)
-    line = torch.nan_to_num(log.nanmean()-log) # A class without a pixel stays where it is
-    return (torch.as_tensor(tau, dtype=torch.float64)[...,None]*line).float()
-
 # %% ../nbs/32_prior.ipynb #33224e48
 def check_weights(
     weights, # One number per class (C,)
@@ -62,6 +46,22 @@ def check_counts(
     if fit and values.any(): return values
     raise ValueError(f"`counts` must be one number of at least 0 per class, not all of them 0, got {values.tolist()}: "
                      "count the training masks")
+
+# %% ../nbs/32_prior.ipynb #0c9a2bde
+TAUS = (-.5, -.25, 0., .25, .5, .75, 1., 1.25, 1.5) # The default grid
+
+def class_offsets(
+    weights=None, # Class weights of the training loss (C,), above 0: tensor, array or list; their scale does not matter
+    tau=1., # How far to go: a number, or T of them; 0 changes nothing
+    counts=None, # Instead of weights, for a network trained without: training pixels of each class (C,)
+) -> Tensor: # Offsets to add to the logits, (C,), or (T,C) for several tau; float32, mean 0 over the classes
+    "Turn class weights or pixel counts into one constant per class, `-tau*log(w)`."
+    if (weights is None)==(counts is None):
+        raise ValueError("Give `weights`, those of the training loss, or `counts`, the training pixels: one of the two")
+    values = check_weights(weights) if counts is None else check_counts(counts)
+    log = values.log().where(values>0, torch.nan)
+    line = torch.nan_to_num(log.nanmean()-log) # A class without a pixel stays where it is
+    return (torch.as_tensor(tau, dtype=torch.float64)[...,None]*line).float()
 
 # %% ../nbs/32_prior.ipynb #51a91ac8
 def shifted_labels(
@@ -95,6 +95,20 @@ def count_image(
         counts += torch.bincount(pairs.flatten(), minlength=taus*cells)
     return counts.view(taus, num_classes+1, num_classes)[:,:-1]
 
+# %% ../nbs/32_prior.ipynb #0bf1ac1a
+def check_offsets(
+    offsets:Tensor, # Offsets (T,C)
+    num_classes:int, # Number of classes, C
+) -> Tensor: # The same
+    "Refuse offsets that do not fit the classes."
+    offsets = torch.as_tensor(offsets).detach()
+    if offsets.ndim!=2 or not offsets.isfinite().all():
+        raise ValueError(f"`offsets` must be finite, one row (C,) for each shift, got shape {tuple(offsets.shape)}: "
+                         "`class_offsets` makes them from several tau")
+    if offsets.shape[1]==num_classes: return offsets
+    raise ValueError(f"There are offsets for {offsets.shape[1]} classes, but the network predicts {num_classes}: "
+                     "give one weight or count per class that it predicts")
+
 # %% ../nbs/32_prior.ipynb #1b0aefcd
 def grid_confusions(
     logits:Tensor, # Logits (N,C,h,w), any float type, any number of spatial axes
@@ -110,20 +124,6 @@ def grid_confusions(
     if strange.any(): check_target(target[valid], num_classes, ignore_index)
     target = target.where(valid, num_classes)
     return torch.stack([count_image(x.flatten(1), y.flatten(), offsets) for x,y in zip(logits, target)])
-
-# %% ../nbs/32_prior.ipynb #0bf1ac1a
-def check_offsets(
-    offsets:Tensor, # Offsets (T,C)
-    num_classes:int, # Number of classes, C
-) -> Tensor: # The same
-    "Refuse offsets that do not fit the classes."
-    offsets = torch.as_tensor(offsets).detach()
-    if offsets.ndim!=2 or not offsets.isfinite().all():
-        raise ValueError(f"`offsets` must be finite, one row (C,) for each shift, got shape {tuple(offsets.shape)}: "
-                         "`class_offsets` makes them from several tau")
-    if offsets.shape[1]==num_classes: return offsets
-    raise ValueError(f"There are offsets for {offsets.shape[1]} classes, but the network predicts {num_classes}: "
-                     "give one weight or count per class that it predicts")
 
 # %% ../nbs/32_prior.ipynb #e2328a14
 def check_logits(
@@ -241,6 +241,83 @@ def resampled_gains(self:PriorTuning,
     scores = self.score(totals)
     return scores-scores[:,[self.taus.index(0)]]
 
+# %% ../nbs/32_prior.ipynb #92b0295b
+@patch
+def held_out_gain(self:PriorTuning,
+    folds:int=5, # Parts that the images are split into
+) -> float: # Gain over tau 0; nan for a single image
+    "Choose tau on the other parts and score it on this one, for each part."
+    size,total,picked = len(self.images),self.images.sum(0),0
+    if size<2: return float('nan')
+    fold = torch.arange(size)*min(folds, size)//size
+    for k in range(min(folds, size)):
+        part = self.images[fold==k].sum(0)
+        picked = picked+part[self.choose(self.score(total-part))]
+    return float(self.score(picked)-self.score(total)[self.taus.index(0)])
+
+# %% ../nbs/32_prior.ipynb #41b33077
+@patch
+def summary(self:PriorTuning) -> dict: # Plain numbers and lists, for JSON
+    "Say what was chosen, and what it brings."
+    low,high = self.resampled_gains()[:,self.best].quantile(torch.tensor([.05,.95]).double()).tolist()
+    return dict(tau=self.tau, offsets=self.offsets.tolist(), metric=self.name, images=len(self.images),
+                score=float(self.scores[self.best]), score_at_0=float(self.scores[self.taus.index(0)]),
+                gain=float(self.gains[self.best]), gain_low=low, gain_high=high, held_out_gain=self.held_out_gain(),
+                taus=list(self.taus), scores=self.scores.tolist())
+
+# %% ../nbs/32_prior.ipynb #052b1a51
+@patch
+def __repr__(self:PriorTuning):
+    s = {k:100*v if isinstance(v, float) else v for k,v in self.summary().items()}
+    return (f"tau {self.tau:g}: {self.name} {s['score']:.1f} % instead of {s['score_at_0']:.1f} %, "
+            f"gain {s['gain']:+.1f} (90 % interval {s['gain_low']:+.1f} to {s['gain_high']:+.1f} over {s['images']} "
+            f"images; {s['held_out_gain']:+.1f} where chosen on other images)")
+
+# %% ../nbs/32_prior.ipynb #ece88302
+@patch
+def table(self:PriorTuning) -> pd.DataFrame: # One row per tau; percent
+    "Tabulate the curve."
+    right,labelled,predicted = class_totals(self.confusions).double().unbind(-2)
+    columns = {'mIoU':counts_miou(right, labelled, predicted),
+               'rare mIoU':counts_miou(right, labelled, predicted, self.rare),
+               'pixel accuracy':right.sum(-1)/labelled.sum(-1)}
+    if self.name not in ('miou','rare_miou'): columns[self.name] = self.scores
+    return pd.DataFrame({k:100*v.numpy() for k,v in columns.items()}, index=pd.Index(self.taus, name='tau'))
+
+# %% ../nbs/32_prior.ipynb #f2fb963b
+@patch
+def classes(self:PriorTuning,
+    names:list|None=None, # Class names; None numbers them
+) -> pd.DataFrame: # One row per class, the rarest first; percent, and the offset in units of the logits
+    "Tabulate what the best tau does to each class."
+    totals = class_totals(self.confusions)
+    before,after = (100*counts_iou(*totals[i]) for i in (self.taus.index(0), self.best))
+    labelled = totals[0,1].double()
+    names = [f'class {i}' for i in range(len(labelled))] if names is None else list(names)
+    columns = {'pixels':100*labelled/labelled.sum(), 'tau 0':before, f'tau {self.tau:g}':after, 'offset':self.offsets}
+    rows = pd.DataFrame({k:v.numpy() for k,v in columns.items()}, index=names)
+    rows['note'] = ['' if o else 'no labelled pixel here: its offset is a guess' for o in labelled.tolist()]
+    return rows.iloc[labelled.argsort(stable=True).tolist()]
+
+# %% ../nbs/32_prior.ipynb #d99ef840
+@patch
+def plot(self:PriorTuning,
+    axs=None, # Two Matplotlib axes; None makes a figure
+): # The axes
+    "Plot the means over tau, and the gain over tau 0 with its 90 % interval."
+    from matplotlib import pyplot as plt
+    axs = plt.subplots(1, 2, figsize=(8,2.4), layout='constrained')[1] if axs is None else axs
+    for name,values in self.table().items(): axs[0].plot(self.taus, values, 'o-', ms=3, label=name)
+    low,high = self.resampled_gains().quantile(torch.tensor([.05,.95]).double(), 0).mul(100)
+    axs[1].plot(self.taus, 100*self.gains, 'o-', ms=3, color='#1f6f8b')
+    axs[1].fill_between(self.taus, low, high, color='#1f6f8b', alpha=.2, lw=0)
+    axs[1].axhline(0, color='.5', lw=.7)
+    for ax,label in zip(axs, ('percent', f'gain in {self.name}, points')):
+        ax.axvline(self.tau, color='k', lw=.8, ls=':')
+        ax.set(xlabel='tau', ylabel=label)
+    axs[0].legend(frameon=False, fontsize=7, loc='lower left', bbox_to_anchor=(0, 1), ncols=3)
+    return axs
+
 # %% ../nbs/32_prior.ipynb #c4bbe9c2
 def loss_weights(
     loss_func, # A loss: module, fastai loss, `functools.partial` or function
@@ -251,6 +328,23 @@ def loss_weights(
     if isinstance(found, Tensor) and found.ndim==1 and not isinstance(found, nn.Parameter): return found
     inner = loss_func.children() if isinstance(loss_func, nn.Module) else [getattr(loss_func, 'func', None)]
     return next((w for o in inner if o is not None and (w := loss_weights(o)) is not None), None)
+
+# %% ../nbs/32_prior.ipynb #3262c708
+def tuning_grid(
+    weights, # Class weights (C,), or None
+    counts, # Training pixels (C,), or None
+    taus:tuple, # Values to try
+) -> Tensor: # Offsets (T,C)
+    "Make the offsets, and refuse weights or counts that leave nothing to try."
+    if weights is None and counts is None:
+        raise ValueError("There are no class weights: give `weights`, those of the training loss, or for a network "
+                         "trained without any `counts`, the training pixels of each class")
+    grid = class_offsets(tau=taus, counts=counts) if weights is None else class_offsets(weights, taus)
+    if counts is not None and len(check_counts(counts))!=grid.shape[1]:
+        raise ValueError(f"`counts` has {len(counts)} entries, `weights` {grid.shape[1]}: give one per class in both")
+    if grid.any(): return grid
+    raise ValueError("The weights or counts are alike for all classes, so every offset is 0: for a network trained "
+                     "without class weights give `counts`, the training pixels of each class")
 
 # %% ../nbs/32_prior.ipynb #6ea9cbe8
 FEW = 10 # Fewer images than this are never enough
@@ -308,57 +402,6 @@ def judged(
     found = PriorTuning(taus, grid, confusions, images, measure, name, rare)
     warn_of(found)
     return found
-
-# %% ../nbs/32_prior.ipynb #3262c708
-def tuning_grid(
-    weights, # Class weights (C,), or None
-    counts, # Training pixels (C,), or None
-    taus:tuple, # Values to try
-) -> Tensor: # Offsets (T,C)
-    "Make the offsets, and refuse weights or counts that leave nothing to try."
-    if weights is None and counts is None:
-        raise ValueError("There are no class weights: give `weights`, those of the training loss, or for a network "
-                         "trained without any `counts`, the training pixels of each class")
-    grid = class_offsets(tau=taus, counts=counts) if weights is None else class_offsets(weights, taus)
-    if counts is not None and len(check_counts(counts))!=grid.shape[1]:
-        raise ValueError(f"`counts` has {len(counts)} entries, `weights` {grid.shape[1]}: give one per class in both")
-    if grid.any(): return grid
-    raise ValueError("The weights or counts are alike for all classes, so every offset is 0: for a network trained "
-                     "without class weights give `counts`, the training pixels of each class")
-
-# %% ../nbs/32_prior.ipynb #f2fb963b
-@patch
-def classes(self:PriorTuning,
-    names:list|None=None, # Class names; None numbers them
-) -> pd.DataFrame: # One row per class, the rarest first; percent, and the offset in units of the logits
-    "Tabulate what the best tau does to each class."
-    totals = class_totals(self.confusions)
-    before,after = (100*counts_iou(*totals[i]) for i in (self.taus.index(0), self.best))
-    labelled = totals[0,1].double()
-    names = [f'class {i}' for i in range(len(labelled))] if names is None else list(names)
-    columns = {'pixels':100*labelled/labelled.sum(), 'tau 0':before, f'tau {self.tau:g}':after, 'offset':self.offsets}
-    rows = pd.DataFrame({k:v.numpy() for k,v in columns.items()}, index=names)
-    rows['note'] = ['' if o else 'no labelled pixel here: its offset is a guess' for o in labelled.tolist()]
-    return rows.iloc[labelled.argsort(stable=True).tolist()]
-
-# %% ../nbs/32_prior.ipynb #d99ef840
-@patch
-def plot(self:PriorTuning,
-    axs=None, # Two Matplotlib axes; None makes a figure
-): # The axes
-    "Plot the means over tau, and the gain over tau 0 with its 90 % interval."
-    from matplotlib import pyplot as plt
-    axs = plt.subplots(1, 2, figsize=(8,2.4), layout='constrained')[1] if axs is None else axs
-    for name,values in self.table().items(): axs[0].plot(self.taus, values, 'o-', ms=3, label=name)
-    low,high = self.resampled_gains().quantile(torch.tensor([.05,.95]).double(), 0).mul(100)
-    axs[1].plot(self.taus, 100*self.gains, 'o-', ms=3, color='#1f6f8b')
-    axs[1].fill_between(self.taus, low, high, color='#1f6f8b', alpha=.2, lw=0)
-    axs[1].axhline(0, color='.5', lw=.7)
-    for ax,label in zip(axs, ('percent', f'gain in {self.name}, points')):
-        ax.axvline(self.tau, color='k', lw=.8, ls=':')
-        ax.set(xlabel='tau', ylabel=label)
-    axs[0].legend(frameon=False, fontsize=7, loc='lower left', bbox_to_anchor=(0, 1), ncols=3)
-    return axs
 
 # %% ../nbs/32_prior.ipynb #41e85ae6
 def with_logits(
@@ -527,46 +570,3 @@ def tune_prior(self:Learner,
     found = tune_prior(self, dl, weights, counts, metric, **kwargs)
     self.model = shift_classes(self.model, found.offsets, classifier)
     return found
-
-# %% ../nbs/32_prior.ipynb #92b0295b
-@patch
-def held_out_gain(self:PriorTuning,
-    folds:int=5, # Parts that the images are split into
-) -> float: # Gain over tau 0; nan for a single image
-    "Choose tau on the other parts and score it on this one, for each part."
-    size,total,picked = len(self.images),self.images.sum(0),0
-    if size<2: return float('nan')
-    fold = torch.arange(size)*min(folds, size)//size
-    for k in range(min(folds, size)):
-        part = self.images[fold==k].sum(0)
-        picked = picked+part[self.choose(self.score(total-part))]
-    return float(self.score(picked)-self.score(total)[self.taus.index(0)])
-
-# %% ../nbs/32_prior.ipynb #41b33077
-@patch
-def summary(self:PriorTuning) -> dict: # Plain numbers and lists, for JSON
-    "Say what was chosen, and what it brings."
-    low,high = self.resampled_gains()[:,self.best].quantile(torch.tensor([.05,.95]).double()).tolist()
-    return dict(tau=self.tau, offsets=self.offsets.tolist(), metric=self.name, images=len(self.images),
-                score=float(self.scores[self.best]), score_at_0=float(self.scores[self.taus.index(0)]),
-                gain=float(self.gains[self.best]), gain_low=low, gain_high=high, held_out_gain=self.held_out_gain(),
-                taus=list(self.taus), scores=self.scores.tolist())
-
-# %% ../nbs/32_prior.ipynb #052b1a51
-@patch
-def __repr__(self:PriorTuning):
-    s = {k:100*v if isinstance(v, float) else v for k,v in self.summary().items()}
-    return (f"tau {self.tau:g}: {self.name} {s['score']:.1f} % instead of {s['score_at_0']:.1f} %, "
-            f"gain {s['gain']:+.1f} (90 % interval {s['gain_low']:+.1f} to {s['gain_high']:+.1f} over {s['images']} "
-            f"images; {s['held_out_gain']:+.1f} where chosen on other images)")
-
-# %% ../nbs/32_prior.ipynb #ece88302
-@patch
-def table(self:PriorTuning) -> pd.DataFrame: # One row per tau; percent
-    "Tabulate the curve."
-    right,labelled,predicted = class_totals(self.confusions).double().unbind(-2)
-    columns = {'mIoU':counts_miou(right, labelled, predicted),
-               'rare mIoU':counts_miou(right, labelled, predicted, self.rare),
-               'pixel accuracy':right.sum(-1)/labelled.sum(-1)}
-    if self.name not in ('miou','rare_miou'): columns[self.name] = self.scores
-    return pd.DataFrame({k:100*v.numpy() for k,v in columns.items()}, index=pd.Index(self.taus, name='tau'))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dropclass.analysis.audit import open_images
+from dropclass.analysis.subjects import open_images
 from dropclass.core import ClassSpec
 from dropclass.data.core import SegmentationItems, pair_files, write_toy_folder
 from dropclass.data.folder import folder_dls, folder_items

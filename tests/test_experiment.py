@@ -243,7 +243,7 @@ def test_a_folder_gives_back_the_configuration_it_was_given(tmp_path):
 @pytest.mark.parametrize('name', ['cityscapes', 'voc', 'ade20k'])
 def test_data_sets_are_imported_when_named(name, monkeypatch):
     made = []
-    monkeypatch.setitem(sys.modules, f'dropclass.data.{name}', types.SimpleNamespace(**{f'{name}_dls': lambda path, **kwargs: made.append((path, kwargs))}))
+    monkeypatch.setitem(sys.modules, f'dropclass.data.{name}', types.SimpleNamespace(**{f'{name}_dls': lambda path, **kwargs: made.append((path, kwargs)) or types.SimpleNamespace(train=[0])}))
     make_data(Config(data=name, path='here', bs=3, size=(8,9), data_options=dict(crop=(4,5)), resample={'car':2}))
     path,kwargs = made[0]
     assert path=='here' and (kwargs['bs'], kwargs['size'], kwargs['crop'], kwargs['times'])==(3, (8,9), [4,5], {'car':2})

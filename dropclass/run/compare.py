@@ -52,17 +52,18 @@ def read_run(
     return RunFiles(folder, config, metrics, _read_json(folder/'confusion.json', "it is incomplete; train the run again"))
 
 # %% ../../nbs/71_run.compare.ipynb #12aa5fad
-_USUAL = {'weights':'none', 'loss':'ce', 'resample':{}, 'sampling':'uniform', 'dropclass':{}} # Not worth a word in a name
-_LATER = dict(loss='ce', loss_options={}, resample={}, sampling='uniform', temperature=.01, sync_bn=True, valid_every=1, processes=1) # What runs of older versions did not write
+_USUAL = {'weights':'none', 'loss':'ce', 'resample':{}, 'sampling':'uniform', 'dropclass':{}, 'paste':None, 'erase':None} # Not worth a word in a name
+_LATER = dict(loss='ce', loss_options={}, resample={}, sampling='uniform', temperature=.01, sync_bn=True, valid_every=1, paste=None, erase=None, processes=1) # What runs of older versions did not write
 
 def _setting(config, k):
     "One setting as a part of a name, with a blank before it; nothing if it is the usual one."
     value = config.get(k, _USUAL.get(k))
     if value==_USUAL.get(k, ...): return ''
-    if isinstance(value, dict): return ''.join(f' {a} x{b}' if k=='resample' else f' {a}={b}' for a,b in value.items())
+    name = f' {k}' if k in ('paste','erase') else ''
+    if isinstance(value, dict): return name+''.join(f' {a} x{b}' if k=='resample' else f' {a}={b}' for a,b in value.items())
     return f' {k}={value}'
 
-_NAMING = ('weights','loss','resample','sampling','arch','dropclass','seed','epochs','lr','size','bs') # Settings that may go into a name, in this order
+_NAMING = ('weights','loss','resample','sampling','paste','erase','arch','dropclass','seed','epochs','lr','size','bs') # Settings that may go into a name, in this order
 
 def run_labels(
     runs, # Several `RunFiles`

@@ -26,7 +26,8 @@ from test_zoo import C, disturb_norms, images_of, nets
 weights = torch.tensor([.1, .9, 2., 8.])
 offsets = class_offsets(weights, .75)
 at_output = {'U-Net resnet18, BatchNorm last', 'U-Net resnet18, y_range', 'FPN, sigmoid last',
-             'PixelShuffle, module named', 'PixelShuffle, convolution named'}
+             'PixelShuffle, module named', 'PixelShuffle, convolution named',
+             'UNet 2D, residual units', 'UNet 3D, residual units'} # Behind the last two stands a sum
 
 
 def logits(model, x):

@@ -10,8 +10,8 @@ import inspect
 import warnings
 from pathlib import Path
 
-from fastai.data.core import DataLoaders
 from fastcore.meta import delegates
+from fastai.data.core import DataLoaders
 from ..core import VOID, ClassSpec
 from .core import FittedItems, SegmentationItems, make_dls, pair_files, read_lines, workers_for
 from .split import brought_split, split_pairs, tile_hint

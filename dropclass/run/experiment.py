@@ -81,10 +81,12 @@ def data_parameters(
 ) -> dict: # Option -> the function that takes it, the nearest one first
     "List the options that `data_options` may hold."
     loader = sampling_options(config).get('dl_type', TfmdDL)
-    found = {}
-    for f in (data_function(config.data), make_dls, loader.__init__, DataLoader.__init__):
+    found,build = {},data_function(config.data)
+    items = getattr(import_module(build.__module__), f'{config.data}_items', build) # Where `build` passes options to
+    of_items = inspect.signature(items).parameters
+    for f in (build, make_dls, loader.__init__, DataLoader.__init__):
         for o in inspect.signature(f).parameters.values():
-            if o.kind is not o.VAR_KEYWORD and o.name!='self': found.setdefault(o.name, f)
+            if o.kind is not o.VAR_KEYWORD and o.name!='self': found.setdefault(o.name, items if f is build and o.name in of_items else f)
     return found
 
 # %% ../../nbs/70_run.experiment.ipynb #199ae223

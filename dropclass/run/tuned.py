@@ -118,7 +118,9 @@ def tuned_text(
     "Put runs side by side as trained, and with the class bias that their training images choose."
     folders = [Path(o) for o in folders]
     if not all((o/'prior.npz').is_file() for o in folders): return ''
-    found = [tuned_rows([o], {'as trained':0., 'tuned':'train'}, (test,), path).set_index('rule') for o in folders]
+    own = [path if f'{test}/{path}/halves' in prior_counts(o) else None for o in folders] # A plain run has one path
+    rules = {'as trained':0., 'tuned':'train'}
+    found = [tuned_rows([o], rules, (test,), p).set_index('rule') for o,p in zip(folders, own)]
     cells = [{'tau':f"{o.tau['tuned']:g}", **{f'{name}, {rule}':f'{o[column][rule]:.1f}'
               for column,name in (('miou','mIoU'),('rare','rare mIoU')) for rule in o.index}} for o in found]
     table = pd.DataFrame(cells, index=[o.name for o in folders])

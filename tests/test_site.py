@@ -30,7 +30,7 @@ per_page,per_notebook,per_api = (pytest.mark.parametrize('path', o, ids=name) fo
 LARGE = {'nbs/35_fused.ipynb': 220, 'nbs/61_analysis.context.ipynb': 230, 'nbs/71_run.compare.ipynb': 230,
          'nbs/analyses/30_evidence_scenes.ipynb': 600} # Every table and figure of the paper on one page
 # Pages on which there is nothing to see: they are about files, commands and processes, and show those as text
-NOTHING_TO_SEE = {'nbs/36_ranks.ipynb', 'nbs/48_data.split.ipynb', 'nbs/51_stats.ipynb', 'nbs/69_run.config.ipynb', 'nbs/59_analysis.subjects.ipynb', 'nbs/70_run.experiment.ipynb',
+NOTHING_TO_SEE = {'nbs/36_ranks.ipynb', 'nbs/51_stats.ipynb', 'nbs/69_run.config.ipynb', 'nbs/59_analysis.subjects.ipynb', 'nbs/70_run.experiment.ipynb',
                   'nbs/73_run.distributed.ipynb', 'nbs/75_run.audit.ipynb'}
 
 

@@ -29,7 +29,9 @@ def tune_run(
     dls = run.load_data()
     dl = dls.valid if check_choice(on, TUNE_ON, 'on')=='valid' else dls.valid.new(dls.train.dataset)
     weights,counts = make_weights(run.config, dls),class_counts(dls.train.dataset)
-    if weights is not None: weights = weights.cpu().where(counts>0, weights[weights>0].log().mean().exp().cpu()) # A class that never came stays where it is
+    if weights is not None: # A class that never came stays where it is
+        weights = weights.cpu()
+        weights = weights.where(counts>0, weights[weights>0].log().mean().exp())
     return tune_prior(run.load_model().to(dls.device), dl, weights, counts, metric, ignore_index=dls.spec.ignore_index)
 
 # %% ../../nbs/77_run.tune.ipynb #15942ec6
@@ -45,7 +47,8 @@ def save_tuning(
     files = [folder/'tuning.json', folder/'tuning.png']
     curve = found.table().reset_index().round(4).to_dict('records')
     offsets = dict(zip(names, found.offsets.tolist()))
-    write_json(files[0], dict(format=1, tau=found.tau, metric=found.name, images=len(found.images), offsets=offsets, curve=curve))
+    about = dict(format=1, tau=found.tau, metric=found.name, images=len(found.images))
+    write_json(files[0], {**about, 'offsets':offsets, 'curve':curve})
     fig = Figure(figsize=(8,2.4), layout='constrained')
     found.plot(fig.subplots(1, 2))
     with writing(files[1]) as temp: fig.savefig(temp, dpi=110, format='png')
@@ -56,9 +59,11 @@ def read_tuning(
 ) -> dict: # 'tau', 'metric', 'images', 'curve', and 'offsets', a number per class name
     "Read what a run was tuned to."
     file = Path(folder)/'tuning.json'
-    if not file.is_file(): raise FileNotFoundError(f"{folder} was not tuned, it has no tuning.json: run `dropclass-tune {folder}` first")
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} was not tuned, it has no tuning.json: run `dropclass-tune {folder}` first")
     try: found = json.loads(file.read_text(encoding='utf-8'))
-    except ValueError as e: raise ValueError(f"{file} is damaged, it is no JSON ({e}): run `dropclass-tune` again") from None
+    except ValueError as e:
+        raise ValueError(f"{file} is damaged, it is no JSON ({e}): run `dropclass-tune` again") from None
     if not isinstance(found, dict) or not isinstance(found.get('offsets'), dict) or found.get('format')!=1:
         raise ValueError(f"{file} is not what `dropclass-tune` writes (format 1 with `offsets`): run it again")
     return found
@@ -70,7 +75,8 @@ def tuned_model(
     "Rebuild the network of a run with its tuned class bias."
     offsets = read_tuning(run.folder)['offsets']
     if list(offsets)!=list(run.spec.names):
-        raise ValueError(f"{run.folder/'tuning.json'} has offsets for {', '.join(offsets)}; the run's classes are {', '.join(run.spec.names)}: run `dropclass-tune` again")
+        raise ValueError(f"{run.folder/'tuning.json'} has offsets for {', '.join(offsets)}; "
+                         f"the run's classes are {', '.join(run.spec.names)}: run `dropclass-tune` again")
     return shift_classes(run.load_model(), torch.tensor(list(offsets.values()))).eval()
 
 # %% ../../nbs/77_run.tune.ipynb #6a23b100
@@ -86,6 +92,7 @@ def tune_file(
     dl,spec,counts = open_images(data, size)
     if counts is None: counts = class_counts(dl.dataset)
     if weights is not None and len(weights)!=len(spec):
-        raise ValueError(f"There are {len(weights)} class weights for {len(spec)} classes ({', '.join(spec.names)}): give one per class, in their order")
+        raise ValueError(f"There are {len(weights)} class weights for {len(spec)} classes "
+                         f"({', '.join(spec.names)}): give one per class, in their order")
     model = load_network(file, arch, len(spec)).to(dl.device)
     return tune_prior(model, dl, weights, counts, metric, ignore_index=spec.ignore_index),list(spec.names)

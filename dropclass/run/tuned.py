@@ -54,7 +54,7 @@ def best_tau(
 def pick_totals(
     grid:Grid, # What a run counted
     test:str, # Test set to score
-    rule:str|float=0., # A number is tau itself; 'half' chooses on the other half of the test set, 'train' or a test set's name on those images
+    rule:str|float=0., # Tau itself; 'half': chosen on the other half of the test set; 'train' or a test set: on those images
 ) -> tuple: # Totals (3,C), and tau, the mean of both where each half has its own
     "Take what a run predicts at the tau that a rule gives."
     if rule=='half':
@@ -102,11 +102,13 @@ def gain_table(
     found = []
     for (test,name),part in rows.groupby(['test','rule'], sort=False):
         if rule not in (None, name): continue
-        base = rows[(rows.test==test)&(rows.rule==(baseline_rule or name))&(rows.arm==check_choice(baseline, [*rows.arm.unique()], 'baseline'))]
+        check_choice(baseline, [*rows.arm.unique()], 'baseline')
+        base = rows[(rows.test==test)&(rows.rule==(baseline_rule or name))&(rows.arm==baseline)]
         base = base.set_index('seed')[column].to_frame().T
         for arm,own in part.groupby('arm', sort=False):
             scores = own.set_index('seed')[column].to_frame().T
-            found.append({'test':test, 'rule':name, 'arm':arm, 'mean':scores.mean(axis=1).item(), **paired_difference(scores, base).iloc[0]})
+            difference = paired_difference(scores, base).iloc[0]
+            found.append({'test':test, 'rule':name, 'arm':arm, 'mean':scores.mean(axis=1).item(), **difference})
     return pd.DataFrame(found).set_index(['test','rule','arm'])
 
 # %% ../../nbs/76_run.tuned.ipynb #9956f0ae
@@ -143,7 +145,8 @@ def plot_taus(
     for arm,grids in arms.items():
         curves = torch.stack([counts_miou(*o.totals(test).unbind(-2), classes=o.rare if rare else None) for o in grids])
         line, = ax.plot(grids[0].taus, 100*curves.mean(0), label=(names or {}).get(arm, arm))
-        for i in {best_tau(o, choose) for o in grids}: ax.plot(grids[0].taus[i], 100*curves[:,i].mean(), 'o', ms=4, color=line.get_color())
+        for i in {best_tau(o, choose) for o in grids}:
+            ax.plot(grids[0].taus[i], 100*curves[:,i].mean(), 'o', ms=4, color=line.get_color())
     ax.axvline(0, color='.7', lw=.8)
     ax.set(xlabel='tau', ylabel='rare mIoU, %' if rare else 'mIoU, %')
     ax.legend(frameon=False, fontsize=7)

@@ -54,7 +54,7 @@ def best_tau(
 def pick_totals(
     grid:Grid, # What a run counted
     test:str, # Test set to score
-    rule:str|float=0., # Tau itself; 'half': chosen on the other half of the test set; 'train' or a test set: on those images
+    rule:str|float=0., # Tau itself; 'half': chosen on the other half of the set; 'train' or a set: on those images
 ) -> tuple: # Totals (3,C), and tau, the mean of both where each half has its own
     "Take what a run predicts at the tau that a rule gives."
     if rule=='half':

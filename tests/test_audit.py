@@ -123,10 +123,21 @@ def test_same_audit_same_page(batches, tmp_path):
     assert pages[0]==pages[1]
 
 def test_names_are_escaped(batches, tmp_path):
-    spec = ClassSpec(('<b>land','a|b','"water"','car & co','boat','crane'))
+    "A class that writes HTML, a cell, a picture from elsewhere, or to the terminal is only a name."
+    spec = ClassSpec(('<b>land','a|b','"water"','car & co','![x](//y)','\x1b[31mcrane'))
     page,text,_ = read(audit(net(), batches, spec, progress=False), tmp_path)
-    Tags(page)
-    assert '<b>land' not in page and '&lt;b&gt;land' in page and 'a\\|b' in text
+    assert Tags(page) and '<b>land' not in page and '&lt;b&gt;land' in page
+    assert '<b>land' not in text and '&lt;b>land' in text and '![x]' not in text
+    assert not re.search(r'(?<!\\)a\|b', text) and 'a\\|b' in text and '\x1b' not in page+text
+
+def test_nothing_is_written_over(one, tmp_path):
+    one.report(tmp_path/'a.json')
+    with pytest.raises(FileExistsError, match='a.json exists'): one.report(tmp_path/'a.json')
+    (tmp_path/'b').mkdir()
+    (tmp_path/'b'/'report.md').write_text('mine')
+    with pytest.raises(FileExistsError, match='report.md exists'): one.report(tmp_path/'b')
+    assert [o.name for o in (tmp_path/'b').iterdir()]==['report.md'] and (tmp_path/'b'/'report.md').read_text()=='mine'
+    assert one.report(tmp_path/'a.json', overwrite=True)==[tmp_path/'a.json']
 
 def test_two_classes_of_the_same_file_name(batches, tmp_path):
     spec = ClassSpec(('a b','a-b','a_b','c','d','e'))

@@ -404,7 +404,7 @@ def predict(
 ):
     "Label images with a trained network: palette masks of the image's size, and colour overlays."
     with one_line_errors(debug, lambda: f"The files in {out} are whole."):
-        from dropclass.run.compare import predict_images
+        from dropclass.run.predict import predict_images
         files = predict_images(run, images, out, path_of, size=read_size(size), alpha=alpha, overwrite=overwrite, device=device)
         print(f"{len(files)} images labelled: {out/'masks'}, {out/'overlays'}, {out/'legend.png'}")
         return files

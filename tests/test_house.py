@@ -206,7 +206,6 @@ nbs/47_data.sampling.ipynb
 nbs/48_data.split.ipynb
 nbs/50_metrics.ipynb
 nbs/51_stats.ipynb
-nbs/65_analysis.audit.ipynb
 nbs/67_analysis.drop.ipynb
 nbs/69_run.config.ipynb
 nbs/70_run.experiment.ipynb

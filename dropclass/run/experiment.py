@@ -752,7 +752,9 @@ def subject(self:Run,
     model = self.load_model().to(default_device() if device is None else check_device(device))
     about = f"run {self.folder.name} ({self.config.method}, {self.config.epochs} epochs on {self.config.data})"
     counts = torch.tensor(self.metrics['pixel_counts'])
-    return Subject(answer_by(model, path), self.spec, self.folder.name, self.load_data, counts, about)
+    def weights(): return prior_counts(self.folder)['offsets'][TAUS.index(1.)].neg().exp() # As `shift_grid` wrote them
+    known = self.config.weights!='none' and (self.folder/'prior.npz').is_file()
+    return Subject(answer_by(model, path), self.spec, self.folder.name, self.load_data, counts, about, weights if known else None)
 
 # %% ../../nbs/70_run.experiment.ipynb #a2328da0
 def image_options(

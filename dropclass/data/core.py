@@ -627,7 +627,7 @@ class PrepareItem(ItemTransform):
         return (self.image(item[0]), *(self.mask(o) for o in item[1:]))
 
     def decodes(self, item): # What is drawn
-        return type(item)(o[:3] if isinstance(o, TensorImage) and len(o)>3 else o for o in item)
+        return type(item)(o[:3 if len(o)>2 else 1] if isinstance(o, TensorImage) else o for o in item)
 
     def image(self, x):
         "Read an image, or check that it is bytes already."

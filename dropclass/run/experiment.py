@@ -248,7 +248,7 @@ def make_learner(
     check_counts(counts, dls.spec)
     set_seed(config.seed, reproducible=True)
     for i,dl in enumerate(dls.loaders): dl.rng.seed(config.seed+i)
-    model = create_model(config.arch, dls.c, config.pretrained, config.weights_file)
+    model = create_model(config.arch, dls.c, config.pretrained, config.weights_file, dls.in_chans)
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
     learn = Learner(dls, model, make_loss(config, dls), opt_func=make_opt_func(config), lr=config.lr, wd=config.wd, path=Path(path),
                     metrics=segmentation_metrics(dls.c, counts, dls.spec.ignore_index), cbs=[*make_changes(config, counts), *make_method(config)])
@@ -716,7 +716,7 @@ class Run:
 
     def load_model(self):
         "Rebuild the network with its trained weights, in evaluation mode."
-        model = create_model(self.config.arch, len(self.spec))
+        model = create_model(self.config.arch, len(self.spec), in_chans=self.config.data_options.get('in_chans', 3))
         if self.config.method in ('dropclass','no_drop'):
             options = {k:self.config.dropclass[k] for k in HEAD_OPTIONS if k in self.config.dropclass}
             add_dropclass(model, len(self.spec), self.config.dropclass.get('classifier'), **options)
@@ -756,9 +756,9 @@ def subject(self:Run,
 # %% ../../nbs/70_run.experiment.ipynb #a2328da0
 def image_options(
     config:Config, # A run
-) -> dict: # `size`, `fit`, and `stats` and `label_map` where the run sets them
+) -> dict: # `size`, `fit`, and where the run sets them `stats`, `label_map`, `in_chans` and `bits`
     "Tell how the images of a run were prepared."
     own = inspect.signature(data_function(config.data)).parameters['size'].default
     size = config.size or config.data_options.get('size', own)
-    set_there = {k:o for k in ('stats','fit','label_map') if (o := config.data_options.get(k)) is not None}
+    set_there = {k:o for k in ('stats','fit','label_map','in_chans','bits') if (o := config.data_options.get(k)) is not None}
     return dict(size=size, **{'fit':config.data in ON_CANVAS, **set_there})

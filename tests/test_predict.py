@@ -11,10 +11,12 @@ from dropclass.core import ClassSpec, write_json
 from dropclass.data.ade20k import ADE20K_LABEL_MAP
 from dropclass.data.cityscapes import CITYSCAPES, CITYSCAPES_IDS, CITYSCAPES_LABEL_MAP
 from dropclass.data.core import read_mask, write_toy_folder
+from dropclass.prior import TAUS
+from dropclass.run.compare import comparison
 from dropclass.run.config import Config
-from dropclass.run.experiment import Run, train_run
+from dropclass.run.experiment import train_run
 from dropclass.run.predict import file_labels, predict_images, predict_large, predict_mask
-from dropclass.run.tune import tuned_model
+from dropclass.run.tune import tune_run, tuned_model
 
 NAMES = ['road','person','bicycle']
 
@@ -129,3 +131,31 @@ def test_a_file_that_cannot_be_read_stops_before_anything_is_written(cityscapes_
     with pytest.raises(ValueError, match='heights.tif holds floating point'): label([images, tmp_path/'heights.tif'])
     assert not (tmp_path/'out').exists()
     assert len(label(images))==8
+
+
+# ---- measured at the labels' own size
+
+@pytest.fixture(scope='module')
+def shrunk(tmp_path_factory):
+    "A run that saw its images at half their size."
+    where = tmp_path_factory.mktemp('shrunk')
+    images,masks = write_toy_folder(where, 8, len(NAMES), (33,48))
+    config = Config(data='folder', path=str(images), epochs=1, bs=4, size=(16,24), threads=1,
+                    data_options=dict(masks=str(masks), names=NAMES, valid=.25))
+    return train_run(config, where/'run', progress=False, write=lambda o: None)
+
+
+def test_a_run_is_measured_at_the_size_of_the_label_files(shrunk, cityscapes_like):
+    full,valid = (shrunk.confusion(o).sum() for o in ('full','valid'))
+    assert full==2*29*44 and valid<2*16*24 # Without the frame of void
+    assert set(shrunk.metrics['tests']['full'])=={'plain','drop','mean'}
+    assert 'full' not in cityscapes_like[0].metrics['tests'] # It saw the files as they are
+    shown = comparison(shrunk, 'full').loc['mIoU'].iloc[-1]
+    assert shown==pytest.approx(100*shrunk.metrics['tests']['full'][shrunk.predicts]['miou'])
+
+
+def test_tuning_counts_labels_at_their_own_size(shrunk):
+    found = tune_run(shrunk, on='valid')
+    assert found.confusions[0].sum()==shrunk.confusion('full').sum()
+    at_zero = found.confusions[TAUS.index(0)]
+    assert torch.equal(at_zero, shrunk.confusion('full'))

@@ -756,7 +756,8 @@ def full_size_dl(
 ) -> TfmdDL: # The same images in the same order, with labels at their own size
     "Give labels back the size of their files."
     items = dl.dataset.source
-    if not hasattr(items, 'own_mask'): return dl # They have no other size
-    alike = len(set(items.own_sizes))==1
+    sizes = set(getattr(items, 'own_sizes', ()))
+    if not sizes or sizes=={tuple(items.size)}: return dl # They have no other size
+    alike = len(sizes)==1
     full = SegmentationDataset(OwnSizeItems(items), dl.dataset.spec, 1)
     return dl.new(full, bs=dl.bs if alike else 1, shuffle=False, drop_last=False) # A batch is of one size

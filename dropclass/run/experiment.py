@@ -7,8 +7,8 @@ __all__ = ['data_function', 'sampling_options', 'data_parameters', 'make_data', 
            'make_opt_func', 'poly', 'lr_schedule', 'read_schedule', 'make_method', 'make_changes', 'BFloat16',
            'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'load_checkpoint',
            'RunRecorder', 'StopDiverged', 'ValidEvery', 'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted',
-           'open_folder', 'shift_grid', 'summarize', 'evaluate_paths', 'save_counts', 'prior_counts', 'plot_examples',
-           'finish_run', 'train_run', 'Run', 'load_run', 'image_options']
+           'open_folder', 'shift_grid', 'summarize', 'evaluate_paths', 'evaluate_full_size', 'save_counts',
+           'prior_counts', 'plot_examples', 'finish_run', 'train_run', 'Run', 'load_run', 'image_options']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import inspect
@@ -45,12 +45,12 @@ from ..rivals import FadeWeightsCallback, IgnoreLabelCallback, published_weights
 from ..analysis.ablations import ablated
 from ..analysis.subjects import Subject, answer_by
 from ..core import ClassSpec, check_choice, check_device, check_unit, colorize, write_json, writing
-from ..data.core import make_dls
+from ..data.core import full_size_dl, make_dls
 from ..stats import check_counts, class_counts, median_frequency_weights
 from ..data.sampling import RareClassDL, ResampledDL
 from ..head import HEAD_OPTIONS
 from ..surgery import add_dropclass, get_head
-from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
+from ..metrics import class_iou, evaluate, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
 from ..models import create_model
 from ..paste import ClassPasteCallback, EraseClassCallback
 from ..prior import TAUS, class_offsets, prior_confusions
@@ -534,28 +534,46 @@ def summarize(
     return dict(miou=float(mean_iou(cm)), rare_miou=float(mean_iou(cm, rare)), pixel_acc=float(pixel_accuracy(cm)),
                 absent=int(iou.isnan().sum()), class_iou=[None if np.isnan(o) else o for o in iou.tolist()])
 
+def _each_path(model):
+    "Let a network answer by each of its paths in turn."
+    head = get_head(model)
+    was = head.predict if head else None
+    try:
+        for path in ('plain','drop','mean') if head else ('plain',):
+            if head: head.predict = path
+            yield path
+    finally:
+        if head: head.predict = was
+
+def _split_dl():
+    "What gives every process its part of a loader."
+    if num_ranks()==1: return lambda dl: dl
+    from dropclass.run.distributed import split_dl
+    return split_dl
+
 def evaluate_paths(
     model:nn.Module, # The trained network
     dls, # DataLoaders; `dls.unbiased`, where there is one, is a second test set
     offsets, # Shifts of the logits (T,C), as `class_offsets` gives them
 ) -> dict: # Test set or 'train' -> path -> (pixel counts (T,C,C), pixels right, labelled and predicted (2,T,3,C) of the even and the odd images)
     "Count every test set, and the training images, by every path and under every shift, over all processes."
-    if num_ranks()>1: from dropclass.run.distributed import split_dl
-    else: split_dl = lambda dl: dl
-    head = get_head(model)
     tests = {'valid':dls.valid, 'unbiased':getattr(dls, 'unbiased', None), 'train':dls.valid.new(dls.train.dataset)}
     tests = {k:v for k,v in tests.items() if v is not None}
-    was = head.predict if head else None
-    result = {o:{} for o in tests}
-    try:
-        for path in ('plain','drop','mean') if head else ('plain',):
-            if head: head.predict = path
-            for name,dl in tests.items():
-                counts,images = prior_confusions(model, split_dl(dl), offsets, dls.spec.ignore_index, per_image=True)
-                result[name][path] = counts,torch.stack([images[i::2].sum(0) for i in range(2)])
-    finally:
-        if head: head.predict = was
+    result,split = {o:{} for o in tests},_split_dl()
+    for path in _each_path(model):
+        for name,dl in tests.items():
+            counts,images = prior_confusions(model, split(dl), offsets, dls.spec.ignore_index, per_image=True)
+            result[name][path] = counts,torch.stack([images[i::2].sum(0) for i in range(2)])
     return result
+
+def evaluate_full_size(
+    model:nn.Module, # The trained network
+    dls, # DataLoaders
+) -> dict: # Path -> pixel counts (C,C); nothing where images were not resized
+    "Count the validation images at the size of their label files, over all processes."
+    dl,split = full_size_dl(dls.valid),_split_dl()
+    if dl is dls.valid: return {}
+    return {o:evaluate(model, split(dl), len(dls.spec), dls.spec.ignore_index) for o in _each_path(model)}
 
 # %% ../../nbs/70_run.experiment.ipynb #d754844f
 def save_counts(
@@ -610,8 +628,10 @@ def finish_run(
     counts = class_counts(learn.dls.train.dataset)
     offsets = shift_grid(counts, getattr(learn.loss_func, 'weight', None))
     found = evaluate_paths(learn.model, learn.dls, offsets)
+    full = evaluate_full_size(learn.model, learn.dls)
     if not is_first(): return
     matrices = {t:{p:o[TAUS.index(0)] for p,(o,_) in paths.items()} for t,paths in found.items() if t!='train'}
+    if full: matrices['full'] = full
     rare = [int(o) for o in rare_classes(counts)]
     with writing(out/'weights.safetensors') as temp: temp.write_bytes(save({k:v.contiguous() for k,v in learn.model.state_dict().items()}, head and dict(dropclass=json.dumps({k:getattr(head, k) for k in HEAD_OPTIONS}))))
     with writing(out/'examples.png') as temp: plot_examples(learn.model, learn.dls).savefig(temp, dpi=100, format='png')

@@ -7,8 +7,8 @@ __all__ = ['data_function', 'sampling_options', 'data_parameters', 'make_data', 
            'make_opt_func', 'poly', 'lr_schedule', 'read_schedule', 'make_method', 'make_changes', 'BFloat16',
            'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'load_checkpoint',
            'RunRecorder', 'StopDiverged', 'ValidEvery', 'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted',
-           'open_folder', 'shift_grid', 'summarize', 'evaluate_paths', 'save_counts', 'prior_counts', 'plot_examples',
-           'finish_run', 'train_run', 'Run', 'load_run', 'image_options']
+           'open_folder', 'shift_grid', 'summarize', 'evaluate_paths', 'evaluate_full_size', 'save_counts',
+           'prior_counts', 'plot_examples', 'finish_run', 'train_run', 'Run', 'load_run', 'image_options']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import inspect
@@ -45,12 +45,12 @@ from ..rivals import COUNTED_LOSSES, FadeWeightsCallback, IgnoreLabelCallback, p
 from ..analysis.ablations import ablated
 from ..analysis.subjects import Subject, answer_by
 from ..core import ClassSpec, check_choice, check_device, check_unit, colorize, write_json, writing
-from ..data.core import make_dls
+from ..data.core import full_size_dl, make_dls
 from ..stats import check_counts, class_counts, median_frequency_weights
 from ..data.sampling import RareClassDL, ResampledDL
 from ..head import HEAD_OPTIONS
 from ..surgery import add_dropclass, get_head
-from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
+from ..metrics import class_iou, evaluate, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
 from ..models import create_model
 from ..paste import ClassPasteCallback, EraseClassCallback
 from ..prior import TAUS, class_offsets, prior_confusions
@@ -249,7 +249,7 @@ def make_learner(
     check_counts(counts, dls.spec)
     set_seed(config.seed, reproducible=True)
     for i,dl in enumerate(dls.loaders): dl.rng.seed(config.seed+i)
-    model = create_model(config.arch, dls.c, config.pretrained, config.weights_file)
+    model = create_model(config.arch, dls.c, config.pretrained, config.weights_file, dls.in_chans)
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
     learn = Learner(dls, model, make_loss(config, dls), opt_func=make_opt_func(config), lr=config.lr, wd=config.wd, path=Path(path),
                     metrics=segmentation_metrics(dls.c, counts, dls.spec.ignore_index), cbs=[*make_changes(config, counts), *make_method(config)])
@@ -535,28 +535,46 @@ def summarize(
     return dict(miou=float(mean_iou(cm)), rare_miou=float(mean_iou(cm, rare)), pixel_acc=float(pixel_accuracy(cm)),
                 absent=int(iou.isnan().sum()), class_iou=[None if np.isnan(o) else o for o in iou.tolist()])
 
+def _each_path(model):
+    "Let a network answer by each of its paths in turn."
+    head = get_head(model)
+    was = head.predict if head else None
+    try:
+        for path in ('plain','drop','mean') if head else ('plain',):
+            if head: head.predict = path
+            yield path
+    finally:
+        if head: head.predict = was
+
+def _split_dl():
+    "What gives every process its part of a loader."
+    if num_ranks()==1: return lambda dl: dl
+    from dropclass.run.distributed import split_dl
+    return split_dl
+
 def evaluate_paths(
     model:nn.Module, # The trained network
     dls, # DataLoaders; `dls.unbiased`, where there is one, is a second test set
     offsets, # Shifts of the logits (T,C), as `class_offsets` gives them
 ) -> dict: # Test set or 'train' -> path -> (pixel counts (T,C,C), pixels right, labelled and predicted (2,T,3,C) of the even and the odd images)
     "Count every test set, and the training images, by every path and under every shift, over all processes."
-    if num_ranks()>1: from dropclass.run.distributed import split_dl
-    else: split_dl = lambda dl: dl
-    head = get_head(model)
     tests = {'valid':dls.valid, 'unbiased':getattr(dls, 'unbiased', None), 'train':dls.valid.new(dls.train.dataset)}
     tests = {k:v for k,v in tests.items() if v is not None}
-    was = head.predict if head else None
-    result = {o:{} for o in tests}
-    try:
-        for path in ('plain','drop','mean') if head else ('plain',):
-            if head: head.predict = path
-            for name,dl in tests.items():
-                counts,images = prior_confusions(model, split_dl(dl), offsets, dls.spec.ignore_index, per_image=True)
-                result[name][path] = counts,torch.stack([images[i::2].sum(0) for i in range(2)])
-    finally:
-        if head: head.predict = was
+    result,split = {o:{} for o in tests},_split_dl()
+    for path in _each_path(model):
+        for name,dl in tests.items():
+            counts,images = prior_confusions(model, split(dl), offsets, dls.spec.ignore_index, per_image=True)
+            result[name][path] = counts,torch.stack([images[i::2].sum(0) for i in range(2)])
     return result
+
+def evaluate_full_size(
+    model:nn.Module, # The trained network
+    dls, # DataLoaders
+) -> dict: # Path -> pixel counts (C,C); nothing where images were not resized
+    "Count the validation images at the size of their label files, over all processes."
+    dl,split = full_size_dl(dls.valid),_split_dl()
+    if dl is dls.valid: return {}
+    return {o:evaluate(model, split(dl), len(dls.spec), dls.spec.ignore_index) for o in _each_path(model)}
 
 # %% ../../nbs/70_run.experiment.ipynb #d754844f
 def save_counts(
@@ -611,8 +629,10 @@ def finish_run(
     counts = class_counts(learn.dls.train.dataset)
     offsets = shift_grid(counts, getattr(learn.loss_func, 'weight', None))
     found = evaluate_paths(learn.model, learn.dls, offsets)
+    full = evaluate_full_size(learn.model, learn.dls)
     if not is_first(): return
     matrices = {t:{p:o[TAUS.index(0)] for p,(o,_) in paths.items()} for t,paths in found.items() if t!='train'}
+    if full: matrices['full'] = full
     rare = [int(o) for o in rare_classes(counts)]
     with writing(out/'weights.safetensors') as temp: temp.write_bytes(save({k:v.contiguous() for k,v in learn.model.state_dict().items()}, head and dict(dropclass=json.dumps({k:getattr(head, k) for k in HEAD_OPTIONS}))))
     with writing(out/'examples.png') as temp: plot_examples(learn.model, learn.dls).savefig(temp, dpi=100, format='png')
@@ -717,7 +737,7 @@ class Run:
 
     def load_model(self):
         "Rebuild the network with its trained weights, in evaluation mode."
-        model = create_model(self.config.arch, len(self.spec))
+        model = create_model(self.config.arch, len(self.spec), in_chans=self.config.data_options.get('in_chans', 3))
         if self.config.method in ('dropclass','no_drop'):
             options = {k:self.config.dropclass[k] for k in HEAD_OPTIONS if k in self.config.dropclass}
             add_dropclass(model, len(self.spec), self.config.dropclass.get('classifier'), **options)
@@ -759,9 +779,9 @@ def subject(self:Run,
 # %% ../../nbs/70_run.experiment.ipynb #a2328da0
 def image_options(
     config:Config, # A run
-) -> dict: # `size`, `fit`, and `stats` and `label_map` where the run sets them
+) -> dict: # `size`, `fit`, and where the run sets them `stats`, `label_map`, `in_chans` and `bits`
     "Tell how the images of a run were prepared."
     own = inspect.signature(data_function(config.data)).parameters['size'].default
     size = config.size or config.data_options.get('size', own)
-    set_there = {k:o for k in ('stats','fit','label_map') if (o := config.data_options.get(k)) is not None}
+    set_there = {k:o for k in ('stats','fit','label_map','in_chans','bits') if (o := config.data_options.get(k)) is not None}
     return dict(size=size, **{'fit':config.data in ON_CANVAS, **set_there})

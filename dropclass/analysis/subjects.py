@@ -31,6 +31,7 @@ from ..data.scenes import scenes_dls
 from ..head import HEAD_OPTIONS
 from ..surgery import add_dropclass, get_head
 from ..losses import get_ignore_index
+from ..prior import loss_weights
 from ..models import create_model, model_names, read_weights
 
 # %% ../../nbs/59_analysis.subjects.ipynb #2e3fa3f7
@@ -72,8 +73,10 @@ class Subject(NamedTuple):
     data:object=None # DataLoaders, or a function that makes them; None where there are none
     counts:object=None # Pixels of each class in the training set (C,), or a function that counts; None if not known
     about:str='' # Where it comes from, in words
+    weights:object=None # Class weights of its training loss (C,), or a function; None if not known
 
     def pixel_counts(self): return self.counts() if callable(self.counts) else self.counts
+    def class_weights(self): return self.weights() if callable(self.weights) else self.weights
     @property
     def device(self): return next(self.model.parameters(), torch.empty(0)).device
 
@@ -83,7 +86,7 @@ def _learner_subject(learn, spec, label):
     certain = isinstance(getattr(learn.dls, 'spec', None), ClassSpec)
     spec = learner_spec(learn) if spec is None else as_spec(spec)
     counts = partial(class_counts, learn.dls.train.dataset, len(spec)) if certain else None
-    return Subject(learn.model, spec, label, learn.dls, counts)
+    return Subject(learn.model, spec, label, learn.dls, counts, weights=loss_weights(learn.loss_func))
 
 # %% ../../nbs/59_analysis.subjects.ipynb #4ecd992e
 def open_model(

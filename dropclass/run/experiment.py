@@ -41,7 +41,7 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastai.torch_core import default_device, get_model, rank_distrib, set_seed, to_float
 from safetensors.torch import load_file, save
-from ..rivals import FadeWeightsCallback, IgnoreLabelCallback, published_weights, region_loss
+from ..rivals import COUNTED_LOSSES, FadeWeightsCallback, IgnoreLabelCallback, published_weights, region_loss
 from ..analysis.ablations import ablated
 from ..analysis.subjects import Subject, answer_by
 from ..core import ClassSpec, check_choice, check_device, check_unit, colorize, write_json, writing
@@ -129,7 +129,8 @@ def make_loss(
 ): # Callable of logits (N,C,h,w) and labels (N,h,w) that ignores void
     "Build the loss, with class weights where the configuration asks for them."
     weight,ignore_index = make_weights(config, dls),dls.spec.ignore_index
-    if config.loss!='ce': return region_loss(config.loss, weight, ignore_index, **config.loss_options)
+    counts = class_counts(dls.train.dataset) if config.loss in COUNTED_LOSSES else None
+    if config.loss!='ce': return region_loss(config.loss, weight, ignore_index, counts, **config.loss_options)
     return PixelLoss(weight=weight, ignore_index=ignore_index)
 
 # %% ../../nbs/70_run.experiment.ipynb #03b7d67d
@@ -771,7 +772,9 @@ def subject(self:Run,
     model = self.load_model().to(default_device() if device is None else check_device(device))
     about = f"run {self.folder.name} ({self.config.method}, {self.config.epochs} epochs on {self.config.data})"
     counts = torch.tensor(self.metrics['pixel_counts'])
-    return Subject(answer_by(model, path), self.spec, self.folder.name, self.load_data, counts, about)
+    def weights(): return prior_counts(self.folder)['offsets'][TAUS.index(1.)].neg().exp() # As `shift_grid` wrote them
+    known = self.config.weights!='none' and (self.folder/'prior.npz').is_file()
+    return Subject(answer_by(model, path), self.spec, self.folder.name, self.load_data, counts, about, weights if known else None)
 
 # %% ../../nbs/70_run.experiment.ipynb #a2328da0
 def image_options(

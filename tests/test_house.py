@@ -209,7 +209,6 @@ nbs/51_stats.ipynb
 nbs/67_analysis.drop.ipynb
 nbs/69_run.config.ipynb
 nbs/70_run.experiment.ipynb
-nbs/71_run.compare.ipynb
 nbs/72_run.cli.ipynb
 nbs/73_run.distributed.ipynb
 nbs/75_run.audit.ipynb

@@ -11,11 +11,13 @@ __all__ = ['RunFiles', 'read_run', 'run_labels', 'pick_path', 'check_comparable'
 # %% ../../nbs/71_run.compare.ipynb #202b62b9
 import json
 import math
-import statistics
+import warnings
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+from .config import Config, read_json, without_folder
 
 # %% ../../nbs/71_run.compare.ipynb #a49d0564
 class RunFiles(NamedTuple):
@@ -25,65 +27,62 @@ class RunFiles(NamedTuple):
     metrics:dict # Classes, pixel counts, and IoU per test set and path
     confusion:dict # Confusion matrices (C,C) per test set and path
 
-def _as_list(runs):
-    "One run or several, as a list that is not empty."
-    runs = [runs] if isinstance(runs, (str,Path)) or hasattr(runs, 'folder') else list(runs)
-    if not runs: raise ValueError("There is nothing to compare: give at least one run")
-    return runs
-
-def _read_json(file, remedy):
-    "Read a JSON file, with an error that names it."
-    try: return json.loads(file.read_text(encoding='utf-8'))
-    except FileNotFoundError: raise FileNotFoundError(f"{file.parent} has no {file.name}: {remedy}") from None
-    except ValueError as e: raise ValueError(f"Cannot read {file} ({e}): the file is damaged; train the run again") from e
-
 def read_run(
     run, # A run folder, or a `Run`
 ) -> RunFiles: # Its settings and figures
     "Read what a finished run measured."
     folder = Path(getattr(run, 'folder', run))
-    if not folder.is_dir(): raise FileNotFoundError(f"There is no run folder {folder}: give what `--out` was in `dropclass-train`")
-    config = _read_json(folder/'config.json', "it is no run folder, `dropclass-train` makes one")
-    if config.get('format')!=1: raise ValueError(f"{folder} has format {config.get('format')!r}, this version of dropclass reads format 1: install the version that wrote it")
-    unfinished = f"the run is not finished; go on with `dropclass-train --resume --out {folder}`"
-    metrics = _read_json(folder/'metrics.json', unfinished)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no run folder {folder}: give what `--out` was in `dropclass-train`")
+    config = read_json(folder/'config.json', "it is no run folder, `dropclass-train` makes one")
+    made,unfinished = config.get('format'),f"the run is not finished; go on with `dropclass-train --resume --out {folder}`"
+    if made!=1:
+        raise ValueError(f"{folder} has format {made!r}, this version of dropclass reads format 1: "
+                         "install the version that wrote it")
+    metrics = read_json(folder/'metrics.json', unfinished)
     if not metrics.get('finished'): raise ValueError(f"{folder}: {unfinished}")
-    return RunFiles(folder, config, metrics, _read_json(folder/'confusion.json', "it is incomplete; train the run again"))
+    return RunFiles(folder, config, metrics, read_json(folder/'confusion.json', "it is incomplete; train the run again"))
+
+def _read_runs(runs):
+    "One run or several, read; there must be one."
+    runs = [runs] if isinstance(runs, (str,Path)) or hasattr(runs, 'folder') else list(runs)
+    if not runs: raise ValueError("There is nothing to compare: give at least one run")
+    return [read_run(o) for o in runs]
 
 # %% ../../nbs/71_run.compare.ipynb #12aa5fad
-_USUAL = {'weights':'none', 'loss':'ce', 'resample':{}, 'sampling':'uniform', 'dropclass':{}, 'paste':None, 'erase':None} # Not worth a word in a name
-_LATER = dict(loss='ce', loss_options={}, resample={}, sampling='uniform', temperature=.01, sync_bn=True, valid_every=1, paste=None, erase=None, processes=1) # What runs of older versions did not write
+_default = lambda f: f.default_factory() if f.default is MISSING else f.default
+_LATER = {'processes':1, **{f.name:_default(f) for f in fields(Config)}} # For what runs of older versions did not write
+# Settings that may go into a name, in this order, and their usual values, which are not worth a word
+_NAMING = ('weights','loss','resample','sampling','paste','erase','arch','dropclass','seed','epochs','lr','size','bs')
+_USUAL = {o:_LATER[o] for o in ('weights','loss','resample','sampling','dropclass','paste','erase')}
 
 def _setting(config, k):
     "One setting as a part of a name, with a blank before it; nothing if it is the usual one."
     value = config.get(k, _USUAL.get(k))
     if value==_USUAL.get(k, ...): return ''
-    name = f' {k}' if k in ('paste','erase') else ''
-    if isinstance(value, dict): return name+''.join(f' {a} x{b}' if k=='resample' else f' {a}={b}' for a,b in value.items())
-    return f' {k}={value}'
-
-_NAMING = ('weights','loss','resample','sampling','paste','erase','arch','dropclass','seed','epochs','lr','size','bs') # Settings that may go into a name, in this order
+    if not isinstance(value, dict): return f' {k}={value}'
+    parts = ''.join(f' {a} x{b}' if k=='resample' else f' {a}={b}' for a,b in value.items())
+    return (f' {k}' if k in ('paste','erase') else '')+parts
 
 def run_labels(
     runs, # Several `RunFiles`
 ) -> list: # One short name per run, all different
     "Name runs by what sets them apart."
-    configs = [o.config for o in runs]
-    labels = [str(o.get('method', 'run')) for o in configs]
+    labels = [str(o.config.get('method', 'run')) for o in runs]
     for k in _NAMING:
         if len(set(labels))==len(labels): return labels
-        parts = [_setting(o, k) for o in configs]
+        parts = [_setting(o.config, k) for o in runs]
         if len(set(parts))>1: labels = [l+p for l,p in zip(labels, parts)]
-    if len(set(labels))==len(labels): return labels
-    names = [o.folder.name for o in runs]
-    return names if len(set(names))==len(names) else [chr(65+i) for i in range(len(runs))]
+    for names in (labels, [o.folder.name for o in runs]):
+        if len(set(names))==len(names): return names
+    return [chr(65+i) for i in range(len(runs))]
 
 # %% ../../nbs/71_run.compare.ipynb #9d5ade17
 def _paths_of(run, test):
     "The figures of one test set, per path."
     tests = run.metrics['tests']
-    if test not in tests: raise ValueError(f"{run.folder} was not tested on {test!r}: `test` must be one of {', '.join(map(repr, tests))}")
-    return tests[test]
+    if test in tests: return tests[test]
+    raise ValueError(f"{run.folder} was not tested on {test!r}: `test` must be one of {', '.join(map(repr, tests))}")
 
 def pick_path(
     run, # `RunFiles`
@@ -94,30 +93,32 @@ def pick_path(
     paths = _paths_of(run, test)
     if len(paths)==1: return next(iter(paths))
     path = run.metrics['predicts'] if path is None else path
-    if path not in paths: raise ValueError(f"`path` must be one of {', '.join(map(repr, paths))} in {run.folder}, got {path!r}")
-    return path
+    if path in paths: return path
+    raise ValueError(f"`path` must be one of {', '.join(map(repr, paths))} in {run.folder}, got {path!r}")
 
 # %% ../../nbs/71_run.compare.ipynb #b7d8e79a
-def check_comparable(
-    runs, # Several `RunFiles`
-    test:str='valid', # Test set
-):
-    "Refuse runs that do not count the same pixels."
-    first = runs[0]
-    for run in runs: _paths_of(run, test)
-    truth = lambda run: [sum(row) for row in next(iter(run.confusion[test].values()))]
-    facts = [('classes', lambda o: o.metrics['classes']), ('data sets', lambda o: o.config.get('data')),
-             ('training images (pixels per class)', lambda o: o.metrics['pixel_counts']), (f'images in test set {test!r} (pixels per class)', truth)]
-    for run in runs[1:]:
-        for what,read in facts:
-            a,b = read(first),read(run)
-            if a!=b: raise ValueError(f"{first.folder} and {run.folder} have different {what}: {_where_differ(a, b)}. Compare runs of one data set, with one size and one set of data options")
-
 def _where_differ(a, b):
     "Show two values, or the first place where two lists differ."
     if not isinstance(a, list) or len(a)!=len(b): return f"{a} and {b}"
     i = next(i for i,(x,y) in enumerate(zip(a, b)) if x!=y)
     return f"{a[i]} and {b[i]} for class {i}"
+
+def check_comparable(
+    runs, # Several `RunFiles`
+    test:str='valid', # Test set
+):
+    "Refuse runs that do not count the same pixels."
+    for run in runs: _paths_of(run, test)
+    facts = lambda run: {
+        'classes':run.metrics['classes'], 'data sets':run.config.get('data'),
+        'training images (pixels per class)':run.metrics['pixel_counts'],
+        f'images in test set {test!r} (pixels per class)':[sum(o) for o in next(iter(run.confusion[test].values()))]}
+    first = facts(runs[0])
+    for run in runs[1:]:
+        for what,b in facts(run).items():
+            if first[what]==b: continue
+            raise ValueError(f"{runs[0].folder} and {run.folder} have different {what}: {_where_differ(first[what], b)}. "
+                             "Compare runs of one data set, with one size and one set of data options")
 
 # %% ../../nbs/71_run.compare.ipynb #7d455824
 def comparison(
@@ -126,35 +127,34 @@ def comparison(
     path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts, per run
 ) -> pd.DataFrame: # A row per class, the rarest first, then both means; pixels and IoU in percent
     "Compare runs class by class, as in the paper's Table 1."
-    runs = [read_run(o) for o in _as_list(runs)]
+    runs = _read_runs(runs)
     check_comparable(runs, test)
     labels,paths = run_labels(runs),[pick_path(o, test, path) for o in runs]
     df,order = _class_rows(runs[0].metrics)
-    for label,run,p in zip(labels, runs, paths):
-        df[label] = _scores(run, test, p, order)
+    for label,run,p in zip(labels, runs, paths): df[label] = _scores(run, test, p, order)
+    first = df[labels[0]]
     for label in labels[1:]:
         name = f' {label}' if len(runs)>2 else ''
-        df[f'difference{name}'] = df[label]-df[labels[0]]
-        df[f'relative %{name}'] = 100*(df[label]-df[labels[0]])/df[labels[0]].where(df[labels[0]]>0)
+        df[f'difference{name}'] = df[label]-first
+        df[f'relative %{name}'] = 100*(df[label]-first)/first.where(first>0)
     df.attrs = dict(test=test, labels=labels, paths=paths, folders=[str(o.folder) for o in runs])
     return df
 
 # %% ../../nbs/71_run.compare.ipynb #4783c6bf
 def _scores(run, test, path, order):
-    "The IoU of a run in percent: classes in order, then both means, over the classes that are in the test set; a class that is only predicted has 0 or no IoU by chance."
+    "The IoU of a run in percent: classes of the test set in order, then both means."
     path = pick_path(run, test, path)
-    scores,pixels = run.metrics['tests'][test][path]['class_iou'],[sum(row) for row in run.confusion[test][path]]
-    iou = {i:100*scores[i] if pixels[i] else math.nan for i in order}
-    mean = lambda labels: statistics.fmean(found) if (found := [iou[i] for i in labels if iou[i]==iou[i]]) else math.nan
-    return [*iou.values(), mean(order), mean(run.metrics['rare'])]
+    iou = 100*pd.Series(run.metrics['tests'][test][path]['class_iou'], dtype=float)
+    iou = iou.where([sum(row)>0 for row in run.confusion[test][path]])
+    return [*iou[order], iou[order].mean(), iou[run.metrics['rare']].mean()]
 
 def _class_rows(metrics):
     "Begin the table: rows sorted by pixel share, and the labels in that order."
     counts,rare,names = metrics['pixel_counts'],metrics['rare'],metrics['classes']
     order = sorted(range(len(names)), key=lambda i: counts[i])
-    share = [100*counts[i]/sum(counts) for i in order]
-    rows = [(names[i], s, i in rare) for i,s in zip(order, share)]
-    rows += [('mIoU', 100., False), ('rare mIoU', sum(s for _,s,r in rows if r), True)]
+    share = {i:100*counts[i]/sum(counts) for i in order}
+    rows = [(names[i], share[i], i in rare) for i in order]
+    rows += [('mIoU', 100., False), ('rare mIoU', sum(share[i] for i in rare), True)]
     return pd.DataFrame(rows, columns=['class','pixels','rare']).set_index('class'),order
 
 # %% ../../nbs/71_run.compare.ipynb #6eade392
@@ -164,46 +164,49 @@ def describe_comparison(
 ) -> str: # A few sentences
     "Say in words what a comparison of two runs shows."
     first,second = df.attrs['labels'][0],second or df.attrs['labels'][1]
-    mean,rare = df['difference' if 'difference' in df else f'difference {second}'][['mIoU','rare mIoU']]
+    def verdict(row):
+        d = df[second][row]-df[first][row]
+        where = 'level with' if abs(d)<.05 else f"{abs(d):.1f} points {'ahead of' if d>0 else 'behind'}"
+        return where,f"({df[second][row]:.1f} against {df[first][row]:.1f})"
     step = (df[second]-df[first])[:-2].dropna()
     up,down = step[step>=.05],step[step<=-.05]
-    verdict = lambda d: 'level with' if abs(d)<.05 else f"{abs(d):.1f} points {'ahead of' if d>0 else 'behind'}"
-    text = f"{second} is {verdict(mean)} {first} in mIoU ({df[second]['mIoU']:.1f} against {df[first]['mIoU']:.1f})"
-    if rare==rare: text += f" and {verdict(rare)} it on the rare classes ({df[second]['rare mIoU']:.1f} against {df[first]['rare mIoU']:.1f})"
+    text = "{1} is {2} {0} in mIoU {3}".format(first, second, *verdict('mIoU'))
+    if not math.isnan(df[first]['rare mIoU']): text += " and {} it on the rare classes {}".format(*verdict('rare mIoU'))
     text += f". It gains on {len(up)} of {len(step)} classes"
     if len(up): text += f", most on {up.idxmax()} ({up.max():+.1f})"
-    return text+(f", and loses on {len(down)}, most on {down.idxmin()} ({down.min():+.1f})." if len(down) else ".")
+    if len(down): text += f", and loses on {len(down)}, most on {down.idxmin()} ({down.min():+.1f})"
+    return text+'.'
 
 # %% ../../nbs/71_run.compare.ipynb #cb6bdad1
 def _signed(value):
     "A number with its sign; what rounds to zero has none but plus."
     return f'{round(float(value), 1)+0.:+.1f}'
 
+def _lines(table, left):
+    "A table of texts as lines, with a name above its index, and a rule below the heads."
+    table = table.map(' {}'.format).rename(columns=' {}'.format).set_axis([f'{o:<{len(left)}}' for o in table.index])
+    lines,heads = table.to_string().splitlines(),table.columns.nlevels
+    lines[heads-1] = left+lines[heads-1][len(left):]
+    return [*lines[:heads], '-'*len(lines[0]), *lines[heads:]]
+
+def _daggers(rows): return [f'{n} †' if rare else n for n,rare in zip(rows.index, rows.rare)]
+
 def format_comparison(
     df:pd.DataFrame, # What `comparison` gave
 ) -> str: # Lines of text
     "Lay a comparison out as plain text."
-    labels,attrs = df.attrs['labels'],df.attrs
-    wide = max(len(o) for o in labels)
-    lines = [f"Test set {attrs['test']!r}, IoU in %; pixels: share of the training set"]
-    lines += [f"  {l:<{wide}}  {f} ({p} path)" for l,f,p in zip(labels, attrs['folders'], attrs['paths'])]
-    columns = ['pixels %',*labels]+['diff','diff %']*(len(labels)-1)
-    widths = [max(8, len(o)+2) for o in columns]
-    n,several = 1+len(labels),labels[1:] if len(labels)>2 else []
-    if several: widths[n::2] = [max(8, len(o)+2-8) for o in several] # The name of a run stands over its two differences
-    first = max(len(o) for o in df.index)+2
-    rule = '-'*(first+sum(widths))
-    lines.append('')
-    if several: lines.append(' '*(first+sum(widths[:n]))+''.join(f'{o:>{w+8}}' for o,w in zip(several, widths[n::2])))
-    lines += [f"{'class':<{first}}"+''.join(f'{o:>{w}}' for o,w in zip(columns, widths)), rule]
-    styles = ['.2f']+['.1f']*len(labels)+['+.1f']*(2*len(labels)-2)
-    for name,row in df.iterrows():
-        if name=='mIoU': lines.append(rule)
-        cells = [(_signed(v) if s[0]=='+' else f'{v:{s}}') if v==v else '-' for v,s in zip(row.drop('rare'), styles)]
-        lines.append(f"{name+(' †' if row.rare else ''):<{first}}"+''.join(f'{o:>{w}}' for o,w in zip(cells, widths)))
-    lines += ['', f"† the {int(df.rare[:-2].sum())} classes with the fewest pixels"]
-    if df[labels].isna().any(axis=None): lines.append("- not in the test set; left out of the means")
-    return '\n'.join(lines)
+    labels,attrs,others = df.attrs['labels'],df.attrs,df.attrs['labels'][1:]
+    wide = max(map(len, labels))
+    runs = [f"  {l:<{wide}}  {f} ({p} path)" for l,f,p in zip(labels, attrs['folders'], attrs['paths'])]
+    heads = [('','pixels %'), *(('', o) for o in labels), *((o, d) for o in others for d in ('diff','diff %'))]
+    heads = pd.MultiIndex.from_tuples(heads) if len(others)>1 else [o for _,o in heads]
+    write = ['{:.2f}'.format, *['{:.1f}'.format]*len(labels), *[_signed]*(2*len(others))]
+    cells = [['-' if v!=v else w(v) for w,v in zip(write, row)] for row in df.drop(columns='rare').values]
+    lines = _lines(pd.DataFrame(cells, _daggers(df), heads), 'class')
+    notes = [f"† the {int(df.rare[:-2].sum())} classes with the fewest pixels"]
+    if df[labels].isna().any(axis=None): notes.append("- not in the test set; left out of the means")
+    return '\n'.join([f"Test set {attrs['test']!r}, IoU in %; pixels: share of the training set", *runs, '',
+                      *lines[:-2], '-'*len(lines[0]), *lines[-2:], '', *notes])
 
 # %% ../../nbs/71_run.compare.ipynb #51b5ac49
 def show_comparison(
@@ -213,15 +216,16 @@ def show_comparison(
     by_run:bool=False, # A column for every run, also where several differ only in the seed?
 ) -> pd.DataFrame: # What `comparison` gives; `compare_arms` where more than two runs hold one setting with several seeds
     "Print a comparison, and in words what it shows."
-    runs = _as_list(runs)
-    if not by_run and len(runs)>2 and len(group_arms([read_run(o) for o in runs]))<len(runs):
-        df = compare_arms(runs, test, path)
+    read = _read_runs(runs)
+    if not by_run and len(read)>2 and len(group_arms(read))<len(read):
+        df = compare_arms(read, test, path)
         print(format_arms(df))
-        if (text := describe_arms(df)): print('\n'+text)
+        if text := describe_arms(df): print('\n'+text)
         return df
-    df = comparison(runs, test, path)
+    df = comparison(read, test, path)
     print(format_comparison(df))
-    for label,also in zip(df.attrs['labels'][1:], _also_different([read_run(o) for o in runs], df.attrs['labels'])): print('\n'+describe_comparison(df, label)+also)
+    labels = df.attrs['labels']
+    for label,also in zip(labels[1:], _also_different(read, labels)): print(f'\n{describe_comparison(df, label)}{also}')
     return df
 
 # %% ../../nbs/71_run.compare.ipynb #6c08285d
@@ -229,54 +233,67 @@ def _also_different(runs, labels):
     "For each run but the first: in what it differs from the first besides what its name says, as a sentence."
     (first,*others),texts = [{**_LATER, **o.config} for o in runs],[]
     for config,label in zip(others, labels[1:]):
-        named = lambda k: any((part := _setting(o, k)) and part in l for o,l in ((first, labels[0]), (config, label)))
-        other = [f'{k} ({first.get(k)}, {config.get(k)})' for k in _NAMING if k!='dropclass' and first.get(k)!=config.get(k) and not named(k)]
-        texts.append(f" They also differ in {', '.join(other)}." if other else '')
+        said = ((first, labels[0]), (config, label))
+        named = lambda k: any(_setting(o, k) and _setting(o, k) in l for o,l in said)
+        other = [k for k in _NAMING if k!='dropclass' and first.get(k)!=config.get(k) and not named(k)]
+        listed = ', '.join(f'{k} ({first.get(k)}, {config.get(k)})' for k in other)
+        texts.append(f" They also differ in {listed}." if other else '')
     return texts
 
 # %% ../../nbs/71_run.compare.ipynb #d5a89e30
 RUN_COLORS = ('#a9b4bf','#1f6f8b','#e0a030','#7a5195','#4c956c','#b5654a') # Bars of the runs, in order
 GAIN,LOSS = '#1f6f8b','#d1603d' # Colours of differences
 
+def _color(k): return RUN_COLORS[k%len(RUN_COLORS)]
+
+def _places(rows, k, n, width=.8):
+    "Where the k-th of n marks of each row stands."
+    return [i+width/n*(k-(n-1)/2) for i in range(rows)]
+
+def _axes(width, height, n, ratios):
+    "A figure with n axes beside each other, which share their rows."
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(width,height), layout='constrained')
+    return fig,fig.subplots(1, n, sharey=True, squeeze=False, width_ratios=ratios[:n])[0]
+
 def _mark_rows(axs, rows):
     "Name the rows, shade the rare classes, and set the two means apart."
-    names = [f"{name}{' †' if row.rare else ''}" + ('' if name in rows.index[-2:] else f"   {row.pixels:.2f} %") for name,row in rows.iterrows()]
-    axs[0].set_yticks(range(len(rows)), names, fontsize=8)
+    share = [f'   {o:.2f} %' for o in rows.pixels[:-2]]+['','']
+    axs[0].set_yticks(range(len(rows)), [a+b for a,b in zip(_daggers(rows), share)], fontsize=8)
     axs[0].set(ylim=(len(rows)-.4, -.6))
     for ax in axs:
         ax.axhspan(-.5, rows.rare[:-2].sum()-.5, color='#f4f0e6', zorder=-1, lw=0)
         ax.axhline(len(rows)-2.5, color='#888', lw=.8)
         ax.tick_params(axis='y', length=0)
         ax.tick_params(axis='x', labelsize=7)
-        for side in ('top','right','left'): ax.spines[side].set_visible(False)
+        ax.spines[['top','right','left']].set_visible(False)
+
+# %% ../../nbs/71_run.compare.ipynb #b4c95081
+_SMALL = dict(padding=3, fontsize=6.5, color='#444')
 
 def _iou_bars(ax, df):
     "Draw the IoU of every run; per class the first run is on top."
-    labels,rows = df.attrs['labels'],range(len(df))
+    labels = df.attrs['labels']
     n = len(labels)
     for k,label in enumerate(labels):
-        at = [i+.8/n*(k-(n-1)/2) for i in rows]
-        ax.barh(at, df[label].fillna(0), .8/n, color=RUN_COLORS[k%len(RUN_COLORS)], label=label)
-        for y,v in zip(at, df[label]):
-            ax.annotate('absent' if v!=v else f'{v:.1f}', (0 if v!=v else v, y), (3,0), textcoords='offset points', va='center', fontsize=6.5, color='#444')
+        bars = ax.barh(_places(len(df), k, n), df[label].fillna(0), .8/n, color=_color(k), label=label)
+        ax.bar_label(bars, ['absent' if v!=v else f'{v:.1f}' for v in df[label]], **_SMALL)
     ax.set(xlim=(0, 109))
     ax.set_title(f"IoU in %, test set '{df.attrs['test']}'", fontsize=9)
     ax.legend(fontsize=7, frameon=False, ncols=n, loc='upper left', bbox_to_anchor=(0, -.25/len(df)**.5))
 
-# %% ../../nbs/71_run.compare.ipynb #b4c95081
-def _difference_bars(ax, differences, df):
+def _difference_bars(ax, df):
     "Draw differences to the first run: to the right a gain, to the left a loss."
-    n,rows = len(differences.columns),range(len(df))
-    for k,column in enumerate(differences):
-        at = [i+.8/n*(k-(n-1)/2) for i in rows]
-        values = differences[column].fillna(0)
-        ax.barh(at, values, .56/n, color=[GAIN if v>0 else LOSS for v in values] if n<2 else RUN_COLORS[(k+1)%len(RUN_COLORS)])
-        for y,v in zip(at, differences[column]):
-            if v==v: ax.annotate(_signed(v), (v, y), (3 if v>=0 else -3,0), textcoords='offset points', va='center', ha='left' if v>=0 else 'right', fontsize=6.5, color='#444')
+    first,*others = df.attrs['labels']
+    differences = df[others].sub(df[first], axis=0)
+    for k,(_,values) in enumerate(differences.items()):
+        colors = [GAIN if v>0 else LOSS for v in values] if len(others)<2 else _color(k+1)
+        bars = ax.barh(_places(len(df), k, len(others)), values.fillna(0), .56/len(others), color=colors)
+        ax.bar_label(bars, ['' if v!=v else _signed(v) for v in values], **_SMALL)
     reach = max(1., 1.45*float(differences.abs().max(axis=None)))
     ax.axvline(0, color='#444', lw=.8)
     ax.set(xlim=(-reach, reach))
-    ax.set_title(f"difference to {df.attrs['labels'][0]}, points", fontsize=9)
+    ax.set_title(f"difference to {first}, points", fontsize=9)
 
 # %% ../../nbs/71_run.compare.ipynb #a985c588
 def plot_comparison(
@@ -286,13 +303,11 @@ def plot_comparison(
     width:float=8, # Width in inches; the height follows from the number of classes
 ): # Matplotlib figure
     "Draw IoU per class, and the differences to the first run."
-    from matplotlib.figure import Figure
     df = runs if isinstance(runs, pd.DataFrame) else comparison(runs, test, path)
-    labels,many = df.attrs['labels'],len(df.attrs['labels'])>1
-    fig = Figure(figsize=(width, .9+len(df)*(.12+.11*len(labels))), layout='constrained')
-    axs = fig.subplots(1, 2 if many else 1, sharey=True, squeeze=False, width_ratios=[3,2] if many else None)[0]
+    n = len(df.attrs['labels'])
+    fig,axs = _axes(width, .9+len(df)*(.12+.11*n), min(n, 2), (3,2))
     _iou_bars(axs[0], df)
-    if many: _difference_bars(axs[1], pd.DataFrame({o:df[o]-df[labels[0]] for o in labels[1:]}), df)
+    if n>1: _difference_bars(axs[1], df)
     _mark_rows(axs, df)
     return fig
 
@@ -302,14 +317,14 @@ def save_comparison(
     file:str|Path, # Where to: '.csv' or '.md' for the table, '.png', '.svg' or '.pdf' for the picture
 ) -> Path: # The file
     "Write a comparison to a file."
-    from dropclass.core import check_choice
-    from dropclass.core import writing
+    from dropclass.core import check_choice, writing
     file = Path(file)
     kind = check_choice(file.suffix.lower(), ['.csv','.md','.png','.svg','.pdf'], f"the ending of {file.name}")
+    layout,plot = (format_arms, plot_arms) if df.index.nlevels>1 else (format_comparison, plot_comparison)
     with writing(file) as temp:
         if kind=='.csv': df.to_csv(temp)
-        elif kind=='.md': temp.write_text(f"```\n{(format_arms if df.index.nlevels>1 else format_comparison)(df)}\n```\n", encoding='utf-8')
-        else: (plot_arms if df.index.nlevels>1 else plot_comparison)(df).savefig(temp, format=kind[1:], dpi=150)
+        elif kind=='.md': temp.write_text(f"```\n{layout(df)}\n```\n", encoding='utf-8')
+        else: plot(df).savefig(temp, format=kind[1:], dpi=150)
     return file
 
 # %% ../../nbs/71_run.compare.ipynb #0c1fd57e
@@ -319,13 +334,14 @@ def group_arms(
     runs, # Several `RunFiles`
 ) -> list: # Per arm a dict of seed -> `RunFiles`, in the order of the runs
     "Take runs together that differ only in the seed."
-    from dropclass.run.config import without_folder
     arms = {}
     for run in runs:
-        config = {**_LATER, **run.config, 'data_options':without_folder(run.config.get('data_options', {}), run.config.get('path'))} # Data may lie elsewhere
+        config = {**_LATER, **run.config}
+        config['data_options'] = without_folder(config['data_options'], config['path']) # Data may lie elsewhere
         key = json.dumps({k:v for k,v in config.items() if k not in _NO_ARM}, sort_keys=True)
         arm,seed = arms.setdefault(key, {}),run.config.get('seed')
-        if seed in arm: raise ValueError(f"{arm[seed].folder} and {run.folder} have the same settings and seed {seed}: give one of them")
+        if seed in arm:
+            raise ValueError(f"{arm[seed].folder} and {run.folder} have the same settings and seed {seed}: give one of them")
         arm[seed] = run
     return list(arms.values())
 
@@ -334,14 +350,16 @@ def paired_difference(
     scores:pd.DataFrame, # A row per class, a column per seed
     first:pd.DataFrame, # The same of the arm that is compared with
     level:float=.95, # Share of such intervals that hold the true difference
-) -> pd.DataFrame: # Mean difference over common seeds, both ends of its interval (NaN for fewer than two), and the number of pairs
+) -> pd.DataFrame: # Mean difference over common seeds, both ends of its interval (NaN for fewer than two), and their number
     "Compare two arms seed by seed."
-    from scipy.stats import t
+    from scipy.stats import ttest_rel
     common = [o for o in scores if o in first]
-    d = scores[common]-first[common]
-    n = d.count(axis=1)
-    reach = [t.ppf((1+level)/2, k-1)*s/math.sqrt(k) if k>1 else math.nan for k,s in zip(n, d.std(axis=1))]
-    return pd.DataFrame(dict(difference=d.mean(axis=1), low=d.mean(axis=1)-reach, high=d.mean(axis=1)+reach, pairs=n))
+    a,b = scores[common],first[common]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # Of fewer than two pairs, and of pairs that are all alike
+        interval = ttest_rel(a, b, axis=1, nan_policy='omit').confidence_interval(level)
+    d = (a-b).astype(float)
+    return pd.DataFrame(dict(difference=d.mean(axis=1), low=interval.low, high=interval.high, pairs=d.count(axis=1)))
 
 # %% ../../nbs/71_run.compare.ipynb #8f07d7e8
 def arm_difference(
@@ -353,8 +371,10 @@ def arm_difference(
 ) -> pd.Series|None: # `difference`, `low`, `high`, `pairs`, and `seeds` as text; None where no seed has both
     "Compare two arms of a table of runs, seed by seed."
     for o in (arm, first):
-        seen = rows.seed[rows.arm==o]
-        if seen.duplicated().any(): raise ValueError(f"The table has seed {seen[seen.duplicated()].iloc[0]} of {o} more than once, and pairs would be counted several times: keep one row of each run")
+        again = rows.seed[rows.arm==o][rows.seed[rows.arm==o].duplicated()].tolist()
+        if again:
+            raise ValueError(f"The table has seed {again[0]} of {o} more than once, and pairs would be counted several "
+                             "times: keep one row of each run")
     pick = lambda arm,column: rows[rows.arm==arm].set_index('seed')[[column]].T.set_axis([0]).dropna(axis=1)
     a,b = pick(arm, column),pick(first, other or column)
     common = sorted(set(a)&set(b))
@@ -369,38 +389,46 @@ def compare_arms(
     level:float=.95, # Of the intervals
 ) -> pd.DataFrame: # A row per arm and class, the rarest first, then both means; IoU in percent
     "Compare settings, each over its seeds."
-    runs = [read_run(o) for o in _as_list(runs)]
+    runs = _read_runs(runs)
     check_comparable(runs, test)
-    arms = group_arms(runs)
-    labels = run_labels([o._replace(config={**o.config, 'seed':None}) for o in (next(iter(arm.values())) for arm in arms)])
-    rows,order = _class_rows(runs[0].metrics)
-    scores = [pd.DataFrame({seed:_scores(o, test, path, order) for seed,o in sorted(arm.items())}, index=rows.index) for arm in arms]
-    parts = []
-    for s in scores:
+    arms,(rows,order) = group_arms(runs),_class_rows(runs[0].metrics)
+    one = [next(iter(o.values())) for o in arms]
+    labels = run_labels([o._replace(config={**o.config, 'seed':None}) for o in one])
+    scores,parts = [],[]
+    for arm in arms:
+        s = pd.DataFrame({k:_scores(o, test, path, order) for k,o in sorted(arm.items())}, rows.index)
+        scores.append(s)
         part = rows.assign(mean=s.mean(axis=1), std=s.std(axis=1), seeds=s.count(axis=1))
-        parts.append(part if s is scores[0] else part.join(paired_difference(s, scores[0], level)))
+        parts.append(part.join(paired_difference(s, scores[0], level)) if parts else part)
     df = pd.concat(parts, keys=labels, names=['arm','class'])
-    df.attrs = dict(test=test, labels=labels, level=level, seeds={l:list(s) for l,s in zip(labels, scores)}, paths=[pick_path(next(iter(o.values())), test, path) for o in arms],
+    df.attrs = dict(test=test, labels=labels, level=level, seeds={l:list(s) for l,s in zip(labels, scores)},
+                    paths=[pick_path(o, test, path) for o in one],
                     folders={l:[str(o.folder) for o in arm.values()] for l,arm in zip(labels, arms)})
     return df
 
 # %% ../../nbs/71_run.compare.ipynb #1a5be545
+def _arm_sentence(df, label):
+    "What an arm gains over the first."
+    first,(mean,rare) = df.attrs['labels'][0],(df.loc[(label, o)] for o in ('mIoU','rare mIoU'))
+    n = int(mean.pairs)
+    if not n: return f"{label} and {first} have no seed in common, so they are not compared: train them with the same seeds."
+    on_rare = f" and {_signed(rare.difference)} on the rare classes" if rare.pairs else ""
+    seeds = f"{n} common seed{'s' if n>1 else ''}"
+    text = f"{label} has {_signed(mean.difference)} points of mIoU{on_rare} against {first}, over {seeds}; "
+    if n<2: return text+"one pair says nothing about chance."
+    sure = [name for name,o in (('mIoU',mean), ('the rare classes',rare)) if o.low>0 or o.high<0]
+    if sure: return text+f"the interval leaves out 0 for {' and '.join(sure)}."
+    hold = 'both intervals hold' if rare.pairs>1 else 'its interval holds'
+    return text+f"{hold} 0, so these seeds do not tell the two apart."
+
 def describe_arms(
     df:pd.DataFrame, # What `compare_arms` gave
 ) -> str: # A sentence or two per arm; none for a single arm
     "Say in words what each arm gains over the first."
-    first,*others = df.attrs['labels']
-    seeds,lines = df.attrs['seeds'],[]
-    for label in others:
-        mean,rare = (df.loc[(label, o)] for o in ('mIoU','rare mIoU'))
-        n = int(mean.pairs)
-        if not n: lines.append(f"{label} and {first} have no seed in common, so they are not compared: train them with the same seeds."); continue
-        on_rare = f" and {_signed(rare.difference)} on the rare classes" if rare.pairs else ""
-        text = f"{label} has {_signed(mean.difference)} points of mIoU{on_rare} against {first}, over {n} common seed{'s' if n>1 else ''}"
-        if n<2: lines.append(text+"; one pair says nothing about chance."); continue
-        sure = [name for name,o in (('mIoU',mean), ('the rare classes',rare)) if o.low>0 or o.high<0]
-        lines.append(text+(f"; the interval leaves out 0 for {' and '.join(sure)}." if sure else f"; {'both intervals hold' if rare.pairs>1 else 'its interval holds'} 0, so these seeds do not tell the two apart."))
-    alone = [f"{o} of {label}" for label in df.attrs['labels'] for o in seeds[label] if others and not any(o in seeds[k] for k in (others if label==first else [first]))]
+    (first,*others),seeds = df.attrs['labels'],df.attrs['seeds']
+    lines = [_arm_sentence(df, o) for o in others]
+    partners = {o:others if o==first else [first] for o in df.attrs['labels']}
+    alone = [f"{s} of {o}" for o in seeds for s in seeds[o] if others and not any(s in seeds[k] for k in partners[o])]
     if alone: lines.append(f"Without a partner, and only in the means: seed {', '.join(alone)}.")
     return '\n'.join(lines)
 
@@ -416,35 +444,46 @@ def difference_text(
 def _star(row): return '*' if row.low>0 or row.high<0 else ' '
 
 # %% ../../nbs/71_run.compare.ipynb #b2287ae3
-def _table(rows):
-    "Rows of text in columns: the first one to the left, the others to the right."
-    widths = [max(len(row[i]) for row in rows)+2 for i in range(len(rows[0]))]
-    lines = [''.join(f'{o:<{w}}' if i==0 else f'{o:>{w}}' for i,(o,w) in enumerate(zip(row, widths))).rstrip() for row in rows]
-    return [lines[0], '-'*sum(widths), *lines[1:]]
+def _spread(row):
+    "Mean and standard deviation."
+    if math.isnan(row['mean']): return '-'
+    return f'{row["mean"]:.1f}'+('' if math.isnan(row['std']) else f' ±{row["std"]:.1f}')
 
-def _spread(row): return f'{row["mean"]:.1f}'+(f' ±{row["std"]:.1f}' if row['std']==row['std'] else '') if row['mean']==row['mean'] else '-'
+def _arm_lines(df):
+    "A row per arm: means and their differences."
+    rows,many = [],len(df.attrs['labels'])>1
+    for label,path in zip(df.attrs['labels'], df.attrs['paths']):
+        row = {('','path'):path, ('','seeds'):','.join(map(str, df.attrs['seeds'][label]))}
+        for o in ('mIoU','rare mIoU'):
+            row[o,o] = _spread(df.loc[(label, o)])
+            if many: row[o,'difference'] = difference_text(df.loc[(label, o)])
+        rows.append(row)
+    table = pd.DataFrame(rows, df.attrs['labels'])
+    return _lines(table.set_axis([o for _,o in table], axis=1), 'arm')
+
+def _arm_classes(df):
+    "A row per class: the first arm, and differences to it."
+    first,*others = df.attrs['labels']
+    rows = df.loc[first][:-2]
+    table = pd.DataFrame({'pixels %':rows.pixels.map('{:.2f}'.format), first:[_spread(o) for _,o in rows.iterrows()]})
+    shown = lambda o: f"{_signed(o.difference)}{_star(o)}" if o.pairs>0 else '-'
+    for label in others: table[label] = [shown(o) for _,o in df.loc[label][:-2].iterrows()]
+    return _lines(table.set_axis(_daggers(rows)), 'class')
 
 def format_arms(
     df:pd.DataFrame, # What `compare_arms` gave
 ) -> str: # Lines of text
     "Lay a comparison of arms out as plain text."
-    labels,attrs = df.attrs['labels'],df.attrs
-    lines = [f"Test set {attrs['test']!r}, IoU in %, mean ± standard deviation over seeds"]
-    if len(labels)>1: lines.append(f"Differences to {labels[0]} over common seeds, with {100*attrs['level']:.0f} % t-intervals; * leaves out 0")
-    rows = [['arm','path','seeds','mIoU','difference','rare mIoU','difference']]
-    for label,path in zip(labels, attrs['paths']):
-        mean,rare = (df.loc[(label, o)] for o in ('mIoU','rare mIoU'))
-        rows.append([label, path, ','.join(map(str, attrs['seeds'][label])), _spread(mean), difference_text(mean), _spread(rare), difference_text(rare)])
-    shown = range(7) if len(labels)>1 else (0,1,2,3,5) # One arm has no differences
-    lines += ['', *_table([[r[i] for i in shown] for r in rows]), '']
-    rows = [['class','pixels %',labels[0],*labels[1:]]]
-    for name in df.loc[labels[0]].index[:-2]:
-        first,*others = (df.loc[(l, name)] for l in labels)
-        rows.append([name+(' †' if first.rare else ''), f'{first.pixels:.2f}', _spread(first), *(f"{_signed(o.difference)}{_star(o)}" if o.pairs>0 else '-' for o in others)])
-    asked = sum(int(df.loc[o].low[:-2].notna().sum()) for o in labels[1:])
-    notes = [f"† the {int(df.loc[labels[0]].rare[:-2].sum())} classes with the fewest pixels" + (f"; columns after {labels[0]} are differences to it" if len(labels)>1 else '')]
-    if asked: notes.append(f"Where nothing differs, chance alone would put a * on about {asked*(1-attrs['level']):.1f} of these {asked} differences")
-    return '\n'.join([*lines, *_table(rows), '', *notes])
+    (first,*others),level = df.attrs['labels'],df.attrs['level']
+    head = [f"Test set {df.attrs['test']!r}, IoU in %, mean ± standard deviation over seeds"]
+    note = f"† the {int(df.loc[first].rare[:-2].sum())} classes with the fewest pixels"
+    if others:
+        head.append(f"Differences to {first} over common seeds, with {100*level:.0f} % t-intervals; * leaves out 0")
+        note += f"; columns after {first} are differences to it"
+    asked = sum(int(df.loc[o].low[:-2].notna().sum()) for o in others)
+    chance = f"chance alone would put a * on about {asked*(1-level):.1f} of these {asked} differences"
+    notes = [note, f"Where nothing differs, {chance}"] if asked else [note]
+    return '\n'.join([*head, '', *_arm_lines(df), '', *_arm_classes(df), '', *notes])
 
 # %% ../../nbs/71_run.compare.ipynb #82b4007e
 def plot_arms(
@@ -454,19 +493,17 @@ def plot_arms(
     width:float=8, # Width in inches; the height follows from the number of classes
 ): # Matplotlib figure
     "Draw the IoU of every arm, and the differences to the first with their intervals."
-    from matplotlib.figure import Figure
     df = runs if isinstance(runs, pd.DataFrame) else compare_arms(runs, test, path)
-    labels,first = df.attrs['labels'],df.loc[df.attrs['labels'][0]]
-    many,n,rows = len(labels)>1,len(labels),range(len(first))
-    fig = Figure(figsize=(width, .9+len(first)*(.16+.09*n)), layout='constrained')
-    axs = fig.subplots(1, 2 if many else 1, sharey=True, squeeze=False)[0]
+    labels = df.attrs['labels']
+    first,n = df.loc[labels[0]],len(labels)
+    fig,axs = _axes(width, .9+len(first)*(.16+.09*n), min(n, 2), (1,1))
     for k,label in enumerate(labels):
-        part,style = df.loc[label],dict(fmt='o', ms=3.5, lw=1, color=RUN_COLORS[k%len(RUN_COLORS)] if k else '#777', label=f"{label} ({len(df.attrs['seeds'][label])})")
-        at = [i+.7/n*(k-(n-1)/2) for i in rows]
-        axs[0].errorbar(part['mean'], at, xerr=part['std'].fillna(0), **style)
+        part,at = df.loc[label],_places(len(first), k, n, .7)
+        style = dict(fmt='o', ms=3.5, lw=1, color=_color(k) if k else '#777')
+        axs[0].errorbar(part['mean'], at, xerr=part['std'].fillna(0), label=f"{label} ({len(df.attrs['seeds'][label])})", **style)
         if k: axs[1].errorbar(part.difference, at, xerr=(part.high-part.low).fillna(0)/2, **style)
     axs[0].set_title(f"IoU in %, test set '{df.attrs['test']}'", fontsize=9)
-    if many:
+    if n>1:
         axs[1].set_title(f"difference to {labels[0]}, points", fontsize=9)
         axs[1].axvline(0, color='#444', lw=.8)
     fig.legend(*axs[0].get_legend_handles_labels(), fontsize=7, frameon=False, ncols=3, loc='outside lower left')

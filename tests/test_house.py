@@ -205,7 +205,6 @@ nbs/46_data.ade20k.ipynb
 nbs/47_data.sampling.ipynb
 nbs/48_data.split.ipynb
 nbs/50_metrics.ipynb
-nbs/51_stats.ipynb
 nbs/67_analysis.drop.ipynb
 nbs/70_run.experiment.ipynb
 nbs/73_run.distributed.ipynb

@@ -334,6 +334,17 @@ def open_networks(
     subjects = [open_model(model, class_names)] if other is None else [*open_both(model, other, class_names)]
     return [s._replace(label=l) for s,l in zip(subjects, labels)] if labels else subjects
 
+def _note_sizes(data, sizes):
+    "The batches; the sizes of their images are noted."
+    for batch in data:
+        sizes['x'.join(map(str, batch[0].shape[-2:]))] = True
+        yield batch
+
+def _weakest(network, n):
+    "Labels of the classes of lowest IoU that occur and are not perfect."
+    order = network.iou.nan_to_num(nan=9.).argsort(stable=True).tolist()
+    return [c for c in order if network.context.occurs[c] and network.iou[c]<1][:n]
+
 # %% ../../nbs/65_analysis.audit.ipynb #7876153a
 def audit(
     model, # Learner, `Run`, or any PyTorch network from images to class scores
@@ -370,17 +381,6 @@ def audit(
     habit = erased_example(first, data, context, **options)
     habits = [habit] if habit else []
     return Audit(first.spec, networks, count_images(data), counts, source, shown, habits, tuple(sizes))
-
-def _note_sizes(data, sizes):
-    "The batches; the sizes of their images are noted."
-    for batch in data:
-        sizes['x'.join(map(str, batch[0].shape[-2:]))] = True
-        yield batch
-
-def _weakest(network, n):
-    "Labels of the classes of lowest IoU that occur and are not perfect."
-    order = network.iou.nan_to_num(nan=9.).argsort(stable=True).tolist()
-    return [c for c in order if network.context.occurs[c] and network.iou[c]<1][:n]
 
 # %% ../../nbs/65_analysis.audit.ipynb #ce4b8dac
 def _plain(values):

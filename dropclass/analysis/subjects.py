@@ -59,7 +59,7 @@ def learner_spec(
     remedy = "pass the class names (`class_names` of `audit`, `spec` elsewhere)"
     if C is None: raise ValueError(f"The DataLoaders do not say what their classes are: {remedy}, or their number")
     names = class_names(learn.dls, C)
-    if void is not None and 0<=void<C:
+    if void is not None and 0<=void<C-1: # The last name may be void's
         raise ValueError(f"The loss ignores label {void}, which is the class {names[void]} of the DataLoaders: "
                          f"{remedy} to count it as a class")
     return as_spec(names, VOID if void is None else void)

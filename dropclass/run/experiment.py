@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['data_function', 'sampling_options', 'data_parameters', 'make_data', 'PixelLoss', 'make_weights', 'make_loss',
            'make_opt_func', 'poly', 'lr_schedule', 'read_schedule', 'make_method', 'make_changes', 'BFloat16',
-           'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'load_checkpoint',
-           'RunRecorder', 'StopDiverged', 'ValidEvery', 'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted',
-           'open_folder', 'shift_grid', 'summarize', 'evaluate_paths', 'evaluate_full_size', 'save_counts',
-           'prior_counts', 'plot_examples', 'finish_run', 'train_run', 'Run', 'load_run', 'image_options']
+           'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'data_files',
+           'load_checkpoint', 'RunRecorder', 'StopDiverged', 'ValidEvery', 'EpochLines', 'hold_folder', 'check_unused',
+           'clear_unstarted', 'open_folder', 'shift_grid', 'summarize', 'evaluate_paths', 'evaluate_full_size',
+           'save_counts', 'prior_counts', 'plot_examples', 'finish_run', 'train_run', 'Run', 'load_run',
+           'image_options']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import inspect
@@ -19,6 +20,7 @@ import os
 import random
 import socket
 import time
+import zlib
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -297,6 +299,19 @@ def save_checkpoint(
     torch.save(state, memory)
     with writing(path) as temp: temp.write_bytes(memory.getbuffer())
 
+def data_files(
+    dls, # DataLoaders
+) -> dict: # Name of each file -> a number; nothing where the data are no files
+    "Know the files of a data set by their sizes and last bytes, where a PNG sums up its pixels."
+    pairs = [o for dl in dls.loaders for o in getattr(_own(dl).dataset, 'pairs', ())]
+    return {'/'.join(o.parts[-2:]):_file_mark(o) for pair in pairs for o in map(Path, pair)}
+
+def _file_mark(path):
+    size = path.stat().st_size
+    with open(path, 'rb') as f:
+        f.seek(max(size-4096, 0))
+        return zlib.crc32(f.read(), size & 0xffffffff)
+
 def load_checkpoint(
     path:str|Path, # The file
     device='cpu', # Where its tensors go
@@ -313,8 +328,9 @@ class RunRecorder(Callback):
         folder:Path, # The run's folder
         key:str, # Hash of the configuration
         checkpoint:dict|None=None, # What to resume from; None starts anew
+        **about, # More to keep in the checkpoint
     ):
-        self.folder,self.key,self.checkpoint = Path(folder),key,checkpoint
+        self.folder,self.key,self.checkpoint,self.about = Path(folder),key,checkpoint,about
         self.first = 0 if checkpoint is None else checkpoint['epoch']+1
         self.table = [] if checkpoint is None else list(checkpoint['table'])
         self.seconds = 0. if checkpoint is None else checkpoint['seconds']
@@ -345,7 +361,7 @@ class RunRecorder(Callback):
         if is_first():
             with writing(self.folder/'history.csv') as temp: pd.DataFrame(self.table).to_csv(temp, index=False)
         smooth = self.recorder.smooth_loss
-        save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch, table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads())
+        save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch, table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads(), **self.about)
 
 # %% ../../nbs/70_run.experiment.ipynb #415a3592
 class StopDiverged(Callback):
@@ -485,15 +501,22 @@ def _start_folder(out, config):
     write_json(out/'config.json', dict(format=1, **asdict(config), hash=config_hash(config), processes=num_ranks(),
                                        versions={o:_version(o) for o in _VERSIONS}))
 
-def _check_same(out, config, checkpoint):
-    "Refuse to go on with a run that was started otherwise."
+def _check_same(out, config, checkpoint, files=None):
+    "Refuse to go on with a run that was started otherwise, or on other data."
     ranks = len(checkpoint.get('ranks', [0]))
     if ranks!=num_ranks():
         raise ValueError(f"{out} was trained by {ranks} processes, now there are {num_ranks()}, and the batches would differ: "
                          f"resume with {ranks}, or start in a new folder")
+    was = checkpoint.get('files')
+    changed = [] if was is None or files is None else sorted(o for o in {*was, *files} if was.get(o)!=files.get(o))
+    if changed:
+        what = lambda o: 'is new' if o not in was else 'has gone' if o not in files else 'has changed'
+        more = f", so have {len(changed)-1} more files" if len(changed)>1 else ''
+        raise ValueError(f"{out} was trained on other data: {changed[0]} {what(changed[0])} since{more}. "
+                         "Resume with the data as they were, or start in a new folder")
     if checkpoint['key']==config_hash(config): return
-    old = read_config(out)
-    pairs = {f.name:(getattr(old, f.name), getattr(config, f.name)) for f in fields(Config) if f.name!='path'}
+    old = checkpoint.get('config') or asdict(read_config(out)) # Older checkpoints do not hold it
+    pairs = {f.name:(old.get(f.name, getattr(Config(), f.name)), getattr(config, f.name)) for f in fields(Config) if f.name!='path'}
     other = '; '.join(f'{k} was {a!r}, is {b!r}' for k,(a,b) in pairs.items() if a!=b)
     other = other or "a default has changed since: class weights counted in Eq. (6), so add the option masked_weights=True, or alpha was 10"
     raise ValueError(f"{out} was started with another configuration ({other}): resume with the same one, or start in a new folder")
@@ -503,6 +526,7 @@ def open_folder(
     out:str|Path, # The run's folder; made when missing
     config:Config, # The run
     resume:bool=False, # Continue an interrupted run?
+    files:dict|None=None, # What `data_files` says of its data; None does not look
 ) -> dict|None: # The checkpoint to resume from, or None
     "Make the folder of a run, or check that the one there is this very run's."
     out = Path(out)
@@ -510,7 +534,7 @@ def open_folder(
     for o in out.glob('.*.part'):
         if not o.is_dir(): o.unlink() # Writing it was cut off
     checkpoint = load_checkpoint(out/'checkpoint.pt')
-    _check_same(out, config, checkpoint)
+    _check_same(out, config, checkpoint, files)
     _note_folder(out, config)
     return checkpoint
 
@@ -680,7 +704,9 @@ def _fit(learn, out, config, resume, made, progress, write, cbs):
     "Train by a Learner into a folder that this process holds, and evaluate."
     if not progress: learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
     with _or_nothing(out, made and not resume):
-        recorder = RunRecorder(out, config_hash(config), from_first(lambda: open_folder(out, config, resume)))
+        files = data_files(learn.dls)
+        opened = from_first(lambda: open_folder(out, config, resume, files))
+        recorder = RunRecorder(out, config_hash(config), opened, files=files, config=asdict(config))
         bookkeeping = [ValidEvery(config.valid_every), StopDiverged(), recorder, EpochLines(write=write)]
         with _over_ranks(learn, config): learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), *bookkeeping, *cbs])
     finish_run(learn, out, config, recorder.seconds)

@@ -15,11 +15,12 @@ from torch import nn
 
 from dropclass.analysis.context import HARBOUR, harbour, train_harbour
 from dropclass.analysis.audit import RULES, audit, audit_advice, class_advice, pair_advice, picture_files
-from dropclass.analysis.subjects import build_network, fit_names, load_network, open_images
+from dropclass.analysis.subjects import build_network, fit_names, load_network, open_images, open_model
 from dropclass.core import VOID, ClassSpec
 from dropclass.surgery import add_dropclass
 from dropclass.metrics import class_iou, evaluate, mean_iou
 from dropclass.models import SmallSegNet
+from dropclass.prior import class_offsets, shift_classes
 from dropclass.run.audit import audit_files
 from dropclass.run.config import Config
 from dropclass.run.experiment import load_run, train_run
@@ -80,9 +81,10 @@ def read(audit, folder):
 def test_report_is_whole(which, request, tmp_path):
     page,text,data = read(request.getfixturevalue(which), tmp_path)
     tags,figures = Tags(page),json.loads(data)
-    assert not re.search(r'(https?:)?//(?!/)', re.sub(r'data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+', '', page)) # Nothing is fetched
+    inside = re.sub(r'data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+|<a href="[^"]+"', '', page)
+    assert not re.search(r'(https?:)?//(?!/)', inside) # Nothing is fetched
     assert tags.images and all(o['src'].startswith('data:image/') and o['alt'] for o in tags.images)
-    assert {o[1:] for o in tags.anchors}<=tags.ids and len(tags.anchors)==7
+    assert len({o[1:] for o in tags.anchors if o[0]=='#'}&tags.ids)==7
     assert 'nan' not in re.sub(r'data:image[^"]+', '', page).lower().replace('finance', '') and 'nan' not in text.lower()
     shown = ' '.join(tags.text)
     for o in figures['classes']:
@@ -123,10 +125,21 @@ def test_same_audit_same_page(batches, tmp_path):
     assert pages[0]==pages[1]
 
 def test_names_are_escaped(batches, tmp_path):
-    spec = ClassSpec(('<b>land','a|b','"water"','car & co','boat','crane'))
+    "A class that writes HTML, a cell, a picture from elsewhere, or to the terminal is only a name."
+    spec = ClassSpec(('<b>land','a|b','"water"','car & co','![x](//y)','\x1b[31mcrane'))
     page,text,_ = read(audit(net(), batches, spec, progress=False), tmp_path)
-    Tags(page)
-    assert '<b>land' not in page and '&lt;b&gt;land' in page and 'a\\|b' in text
+    assert Tags(page) and '<b>land' not in page and '&lt;b&gt;land' in page
+    assert '<b>land' not in text and '&lt;b>land' in text and '![x]' not in text
+    assert not re.search(r'(?<!\\)a\|b', text) and 'a\\|b' in text and '\x1b' not in page+text
+
+def test_nothing_is_written_over(one, tmp_path):
+    one.report(tmp_path/'a.json')
+    with pytest.raises(FileExistsError, match='a.json exists'): one.report(tmp_path/'a.json')
+    (tmp_path/'b').mkdir()
+    (tmp_path/'b'/'report.md').write_text('mine')
+    with pytest.raises(FileExistsError, match='report.md exists'): one.report(tmp_path/'b')
+    assert [o.name for o in (tmp_path/'b').iterdir()]==['report.md'] and (tmp_path/'b'/'report.md').read_text()=='mine'
+    assert one.report(tmp_path/'a.json', overwrite=True)==[tmp_path/'a.json']
 
 def test_two_classes_of_the_same_file_name(batches, tmp_path):
     spec = ClassSpec(('a b','a-b','a_b','c','d','e'))
@@ -146,6 +159,47 @@ def test_weak_examples_are_the_worst(one, batches):
         missed = ((y==e.label)&(pred!=e.label)).sum((1, 2))
         assert int(missed[e.image]) in missed.sort(descending=True).values[:2].tolist()
         assert e.text.startswith(f'{int(missed[e.image])} of {int((y[e.image]==e.label).sum())} ')
+
+# ---- class bias, and what else is suggested
+
+@pytest.fixture(scope='module')
+def world(): return [harbour(8, bias=0., seed=100+i) for i in range(3)]
+
+def pushed(tau, world):
+    "A network that says rare classes too often, tau times."
+    counts = torch.stack([(torch.cat([y for _,y in world])==c).sum() for c in range(6)])
+    return shift_classes(train_harbour(bias=0.), class_offsets(counts=counts, tau=tau))
+
+def test_a_class_bias_comes_first(world, tmp_path):
+    "The gain is what `evaluate` finds on the other half, and classes are those with too many pixels."
+    found = audit(pushed(2., world), world, HARBOUR, progress=False)
+    bias = found.networks[0].bias
+    page,text,data = read(found, tmp_path)
+    first = json.loads(data)['summary'][0]
+    assert first.startswith(f'This network over-predicts {bias.over[0]}') and '`dropclass-tune`' in first
+    assert first in text and first.replace("'", '&#39;') in page and f'tau = {bias.tau:g} ' in first
+    images,labels = (torch.cat(o)[1::2] for o in zip(*world))
+    score = lambda tau: 100*mean_iou(evaluate(pushed(2.+tau, world), [(images, labels)], 6))
+    assert bias.gain==pytest.approx(score(bias.tau)-score(0.), abs=.05) and bias.gain>1
+    confusion = found.context.confusion
+    assert all(confusion.sum(0)[HARBOUR.names.index(o)]>confusion.sum(1)[HARBOUR.names.index(o)] for o in bias.over)
+
+def test_no_class_bias_no_word(world, two):
+    assert audit(pushed(0., world), world, HARBOUR, progress=False).networks[0].bias is None
+    assert not [o for o in two.to_dict()['summary'] if 'tau =' in o and o.startswith('This network')]
+
+def test_class_weights_are_the_line(runs):
+    "A Learner and a run say what they were trained with."
+    learn = toy_learner()
+    learn.loss_func = nn.CrossEntropyLoss(torch.tensor([1.,2.,3.,4.]))
+    assert open_model(learn).class_weights().tolist()==[1,2,3,4] and open_model(ToyNet(4), 4).class_weights() is None
+    assert load_run(runs/'plain').subject().class_weights() is None
+
+def test_leaning_classes_lead_to_class_paste(batches, tmp_path):
+    page,text,_ = read(audit(train_harbour(bias=1.), batches, HARBOUR, progress=False), tmp_path)
+    links = [o for o in Tags(page).anchors if o[0]!='#']
+    assert len(links)==1 and f'[Class paste]({links[0]})' in text and '`ClassPasteCallback`' in text
+    assert (Path(__file__).parents[1]/links[0].partition('/blob/main/')[2]).is_file()
 
 # ---- advice
 
@@ -218,7 +272,7 @@ def test_other_fills(fill, batches, tmp_path):
 def test_progress(batches):
     seen = []
     audit(net(), batches, HARBOUR, progress=lambda o: (seen.append(1) or x for x in o))
-    assert len(seen)==2*len(batches)
+    assert len(seen)==3*len(batches) # Erased context, class bias, pictures
 
 # ---- bad input
 

@@ -22,3 +22,18 @@ def test_every_table_is_shown():
     pages = ''.join(o.read_text() for o in [*(ROOT/'nbs'/'benchmarks').glob('*.ipynb'), ROOT/'nbs'/'35_fused.ipynb'])
     for name in SCRIPTS:
         assert (ROOT/'results'/f'{name}.csv').exists() and f'results/{name}.csv' in pages
+
+
+def test_gpu_check_is_one_command(monkeypatch, capsys):
+    "Steps and loss are measured on tiny images; a part that fails is named, and the others go on."
+    monkeypatch.syspath_prepend(ROOT/'benchmarks')
+    import gpu_check
+    def broken(minutes): raise RuntimeError("no such test")
+    monkeypatch.setattr(gpu_check, 'check_tests', broken)
+    monkeypatch.setattr(gpu_check, 'run', lambda *command, **options: print('$', *command))
+    with pytest.raises(SystemExit): gpu_check.main(device='cpu', quick=True)
+    said = capsys.readouterr().out
+    assert 'tests failed: no such test' in said and said.rstrip().endswith('failed: tests')
+    assert 'dropclass, stacked' in said and "authors' formula" in said
+    assert 'fused_loss.py' in said
+    with pytest.raises(SystemExit, match='--data needs --weights'): gpu_check.main(device='cpu', data='images')

@@ -353,7 +353,7 @@ def test_demo_stops_both_when_one_fails(monkeypatch, tmp_path, command):
         code = "raise SystemExit('No space left')" if config['method']=='plain' else "import time; time.sleep(60)"
         with open(out.with_suffix('.log'), 'w') as log: started.append(subprocess.Popen([sys.executable, '-c', code], stderr=log))
         return started[-1]
-    monkeypatch.setattr(dropclass.run.cli, '_start', fake)
+    monkeypatch.setattr('dropclass.run.demo._start', fake)
     code,_,err = command('demo', '--out', tmp_path/'demo')
     assert code==2 and 'Training plain failed: No space left' in err and len(err.splitlines())==1
     assert started[1].poll() is not None

@@ -14,7 +14,8 @@ from torch import nn
 from dropclass.analysis.subjects import head_options, load_network
 from dropclass.run.audit import audit_files
 from dropclass.run.cli import default_folder, make_config
-from dropclass.run.compare import comparison, describe_arms, describe_comparison, compare_arms, group_arms, predict_images, predict_mask, read_run
+from dropclass.run.compare import comparison, describe_arms, describe_comparison, compare_arms, group_arms, read_run
+from dropclass.run.predict import predict_images, predict_mask
 from dropclass.core import ClassSpec
 from dropclass.data.camvid import write_toy_camvid
 from dropclass.data.core import SegmentationItems, pair_files, write_toy_folder

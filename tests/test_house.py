@@ -206,11 +206,9 @@ nbs/47_data.sampling.ipynb
 nbs/48_data.split.ipynb
 nbs/50_metrics.ipynb
 nbs/51_stats.ipynb
-nbs/65_analysis.audit.ipynb
 nbs/67_analysis.drop.ipynb
 nbs/69_run.config.ipynb
 nbs/70_run.experiment.ipynb
-nbs/71_run.compare.ipynb
 nbs/72_run.cli.ipynb
 nbs/73_run.distributed.ipynb
 nbs/75_run.audit.ipynb
@@ -218,7 +216,6 @@ nbs/analyses/10_camvid_first_look.ipynb
 nbs/analyses/20_demo_regime.ipynb
 nbs/analyses/30_evidence_camvid.ipynb
 nbs/analyses/30_evidence_scenes.ipynb
-nbs/analyses/40_camvid.ipynb
 nbs/analyses/50_when_does_it_help.ipynb
 nbs/analyses/60_what_a_drop_takes.ipynb
 nbs/benchmarks/10_training_step.ipynb

@@ -1,8 +1,13 @@
 """Put a plan into one folder that runs on a machine without a network: code, images as one archive, and wheels of what is missing there.
 
-    python benchmarks/camvid/pack.py packed --data FOLDER --wheels
+    python benchmarks/camvid/pack.py packed --data FOLDER --weights FOLDER --wheels
 
-Copy the folder `packed` to the other machine, which needs Python, torch and torchvision, and start `sh packed/go.sh gpu --jobs 6` there. What comes back is packed/results.
+Copy the folder `packed` to the other machine, which needs Python, torch and torchvision, and start there one of
+
+    sh packed/go.sh gpu --jobs 6     # the runs of a plan
+    sh packed/go.sh check            # benchmarks/gpu_check.py: tests, step times, and runs, in eight minutes
+
+What comes back is packed/results, and for `check` packed/code/results.
 """
 import argparse
 import io
@@ -17,13 +22,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 THERE = re.compile(r'torch|torchvision|triton|nvidia-.*|cuda-.*') # What the other machine brings
 GO = """#!/bin/sh
-# Unpack, install what is missing, and make the runs of a plan: sh go.sh PLAN [options of benchmarks/camvid/run.py]
+# Unpack, install what is missing, and make the runs of a plan, or check the GPU:
+#   sh go.sh PLAN [options of benchmarks/camvid/run.py]
+#   sh go.sh check [options of benchmarks/gpu_check.py]
 set -e
 cd "$(dirname "$0")"
 [ -f camvid/.whole ] || { tar xf camvid.tar && touch camvid/.whole; }
 [ ! -d wheels ] || python3 -m pip install --quiet --no-index --no-deps wheels/*.whl
 cd code
-exec python3 benchmarks/camvid/run.py "$@" --data ../camvid --runs ../runs --results ../results
+weights=; [ ! -d ../weights ] || weights="--weights ../weights"
+if [ "$1" = check ]; then shift; PYTHONPATH=. exec python3 benchmarks/gpu_check.py "$@" ${weights:+--data ../camvid} $weights; fi
+exec python3 benchmarks/camvid/run.py "$@" --data ../camvid $weights --runs ../runs --results ../results
 """
 
 def pack_images(data, archive, quality):
@@ -61,16 +70,19 @@ def needed(names):
         queue += [r.name for r in map(Requirement, dist.requires or []) if r.marker is None or r.marker.evaluate({'extra':''})]
     return found
 
-def pack(out, data, quality=95, wheels=False):
+def pack(out, data, weights=None, quality=95, wheels=False):
     "Fill the folder `out`."
     out.mkdir(parents=True) # Refuses a folder that is there
-    for o in ('dropclass','benchmarks'): shutil.copytree(ROOT/o, out/'code'/o, ignore=shutil.ignore_patterns('__pycache__'))
+    for o in ('dropclass','benchmarks','tests'): shutil.copytree(ROOT/o, out/'code'/o, ignore=shutil.ignore_patterns('__pycache__'))
+    for o in ('pyproject.toml','settings.ini'): shutil.copy(ROOT/o, out/'code')
+    if weights: shutil.copytree(weights, out/'weights')
     commit = subprocess.run(['git', '-C', ROOT, 'rev-parse', '--short=10', 'HEAD'], capture_output=True, text=True).stdout.strip()
     (out/'code'/'COMMIT').write_text(commit or 'unknown')
     pack_images(data, out/'camvid.tar', quality)
     (out/'go.sh').write_text(GO)
     if wheels:
-        wanted = [f'{k}=={v}' for k,v in sorted(needed(['fastai','timm','safetensors','pandas','matplotlib','pillow']).items())]
+        names = ['fastai','timm','safetensors','pandas','matplotlib','pillow','scipy','pytest','hypothesis','torchmetrics']
+        wanted = [f'{k}=={v}' for k,v in sorted(needed(names).items())]
         subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary', ':all:', '--dest', out/'wheels', *wanted], check=True)
     size = sum(o.stat().st_size for o in out.rglob('*') if o.is_file())/2**20
     print(f"{out}: {size:.0f} MiB; there: sh {out.name}/go.sh gpu --jobs 6")
@@ -79,9 +91,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument('out', type=Path, help='folder to make')
     parser.add_argument('--data', type=Path, required=True, help="SegNet's copy of CamVid")
+    parser.add_argument('--weights', type=Path, help='folder of the file of trained weights that a plan names')
     parser.add_argument('--quality', type=int, default=95, help='JPEG quality of the images; 0 copies the files')
     parser.add_argument('--wheels', action='store_true', help='add wheels of what dropclass needs beside torch and torchvision')
     args = parser.parse_args()
-    pack(args.out, args.data, args.quality, args.wheels)
+    pack(args.out, args.data, args.weights, args.quality, args.wheels)
 
 if __name__=='__main__': main()

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from .subjects import iter_batches, open_data, open_model, show_progress
-from ..core import ClassSpec, check_choice, eval_mode, step_generator, write_json
+from ..core import VOID, ClassSpec, check_choice, eval_mode, step_generator, write_json
 from ..metrics import class_iou, confusion_matrix
 from ..models import SmallSegNet, pick_logits, resize_logits
 
@@ -67,6 +67,7 @@ def train_harbour(
     bias:float=1., # World of the training images
     steps:int=80, # Training steps, with 8 images each
     seed:int=0, # Seed of images and weights
+    change=None, # Callable of images, labels and step: what training sees instead of them; None is the images as they are
 ) -> nn.Module: # `SmallSegNet`, in evaluation mode
     "Train a small network on a harbour."
     with torch.random.fork_rng(devices=[]):
@@ -74,9 +75,10 @@ def train_harbour(
         model,(x,y) = SmallSegNet(len(HARBOUR), width=8),harbour(256, bias, seed)
         opt = torch.optim.AdamW(model.parameters())
         sched = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=.02, total_steps=steps)
-        for _ in range(steps):
+        for step in range(steps):
             batch = torch.randint(len(x), (8,))
-            F.cross_entropy(model(x[batch]), y[batch]).backward()
+            images,labels = (x[batch],y[batch]) if change is None else change(x[batch], y[batch], step)
+            F.cross_entropy(model(images), labels, ignore_index=VOID).backward()
             opt.step()
             opt.zero_grad()
             sched.step()

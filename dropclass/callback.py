@@ -466,7 +466,7 @@ def valid_losses(self:DropClassHistory) -> list: # Validation loss of the plain 
 @patch
 def drop_share(self:DropClassHistory) -> float: # 0 plain path, 1 drop path, 0.5 their mean
     "Say which path predicts, and so which one the metrics are about."
-    return {'plain':0., 'drop':1., 'mean':.5}[self.head.predicts] if self.head else 0.
+    return {'plain':0., 'drop':1., 'mean':.5}[self.valid_head.predicts] if self.valid_head else 0.
 
 # %% ../nbs/30_callback.ipynb #4053595f
 @patch
@@ -474,7 +474,7 @@ def before_fit(self:DropClassHistory):
     "Add the columns: metrics of the Learner for the time of the fit."
     if only_predicts(self.learn): return
     self.remove_columns()
-    self.valid_sums,self.names,self.head = [0., 0., 0.],self.owner.names,self.owner.drop_head
+    self.valid_sums,self.names,self.valid_head = [0., 0., 0.],self.owner.names,self.owner.drop_head
     column = lambda values,i,name: ValueMetric(lambda: values()[i], name)
     self.columns = [column(self.epoch_parts, i, f'{o}_loss') for i,o in enumerate(PARTS[:3])]
     if self.owner.both_paths:
@@ -502,13 +502,13 @@ def before_validate(self:DropClassHistory):
 def before_batch(self:DropClassHistory):
     "Ask for both paths, all classes kept."
     if only_predicts(self.learn): return
-    self.head = get_head(self.learn.model) # A callback may validate another network, an average of weights say
-    if self.head and self.owner.both_paths: self.head.arm(torch.ones(len(self.names)), in_eval=True)
+    self.valid_head = get_head(self.learn.model) # A callback may validate another network, an average of weights say
+    if self.valid_head and self.owner.both_paths: self.valid_head.arm(torch.ones(len(self.names)), in_eval=True)
 
 @patch
 def after_pred(self:DropClassHistory):
     "Add up the losses of both paths, and hand on the one that predicts."
-    head = self.head
+    head = self.valid_head
     if only_predicts(self.learn) or not head or not self.owner.both_paths: return
     self.owner.check_answer(take_answer(head)[0])
     plain,drop = split_paths(self.pred, len(self.yb[0]))

@@ -4,8 +4,8 @@
 
 Every variant is a Learner with `segmentation_metrics`, and all take turns in one process. `both paths` is what a fit
 with `DropClassCallback` does: losses and classes tile by tile, from small logits. `both paths, full size` is the form
-that it replaces. `tensor_mb` is the most that the tensors of one batch hold at a time, seen by an observer of every operation;
-`train_mb` is the same for a training step. Neither depends on the load of the machine.
+that it replaces. `tensor_mb` is the most that the tensors of one batch hold at a time, seen by an observer of every
+operation; `train_mb` is the same for a training step. Neither depends on the load of the machine.
 """
 import copy
 import torch

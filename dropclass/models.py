@@ -249,6 +249,7 @@ class TimmEncoder(nn.Module):
         **kwargs, # Anything else that `timm.create_model` takes
     ):
         super().__init__()
+        self.name = name
         timm = import_timm()
         if not timm.is_model(name):
             near = ', '.join(map(repr, get_close_matches(name, timm.list_models())))
@@ -265,7 +266,10 @@ class TimmEncoder(nn.Module):
     def forward(self,
         x:Tensor, # Images (N,3,H,W)
     ) -> list: # Feature maps (N,channels,h,w)
-        features = self.body(x)
+        try: features = self.body(x)
+        except AssertionError as e: raise ValueError(
+            f"timm's {self.name!r} takes images of one size ({str(e).rstrip('.')}), and they come padded to "
+            f"{x.shape[-2]}x{x.shape[-1]}: bring them to its size, or use an encoder of any size") from None
         features = [features[i] for i in self.levels]
         return [o.permute(0, 3, 1, 2) for o in features] if self.channels_last else features
 

@@ -24,7 +24,7 @@ from fastai.learner import CastToTensor
 from .core import VOID, check_choice, check_unit, step_generator
 from .losses import get_ignore_index, plain_tensor
 from .ranks import num_ranks
-from .schedules import as_schedule, global_step, schedule_value
+from .schedules import as_schedule, global_step, hold_ramp, schedule_value
 from .stats import class_counts
 
 # %% ../nbs/31_paste.ipynb #a1f0c011
@@ -228,7 +228,7 @@ def paste_classes(
     scale:tuple=(1.,1.), # Smallest and largest scale of a piece
     min_pixels:int=16, # Smaller pieces are not pasted
     max_share:float=.25, # Nor are larger ones; share of the image that a piece covers
-    components:bool=False, # Paste one connected component instead of all pixels of the class?
+    components:bool=True, # Paste one connected component, or all pixels of the class?
     feather:int=0, # Width of the edge that is blended into the image, in pixels
     ignore_index:int=VOID, # Label of pixels that belong to no class; they stay as they are
 ) -> tuple: # Images (N,c,H,W) and labels (N,H,W); new ones if anything changes
@@ -255,7 +255,7 @@ class ClassPasteCallback(Callback):
     change,stream = staticmethod(paste_classes),2**32 # The stream keeps the draws apart from DropClass's
     @delegates(paste_classes, but=['generator','ignore_index'])
     def __init__(self,
-        p=.5, # Probability that an image changes: a fastai annealer, any callable [0,1] -> [0,1], or a number
+        p=hold_ramp(.5, 0., until=1., since=.8), # Probability that an image changes: any callable [0,1] -> [0,1], or a number
         power:float=.5, # A class is drawn in proportion to (share of pixels)^-power
         never=(), # Classes that are never drawn, by name or label: a background, for instance
         pixel_counts=None, # Pixels of each class in the training set (C,); None counts them when a fit begins

@@ -23,7 +23,7 @@ from .core import VOID, check_choice, check_network, check_target, eval_mode
 from .surgery import find_classifier, get_head, main_output, make_probe, run_probe
 from .losses import get_ignore_index, loss_input
 from .metrics import own_rows, rare_classes
-from .models import pick_logits
+from .models import pick_logits, resize_logits
 from .ranks import gather_ranks, sum_over_ranks
 
 # %% ../nbs/32_prior.ipynb #33224e48
@@ -159,8 +159,9 @@ def prior_confusions(
         for batch in dl:
             rows = own_rows(dl, len(batch[0])) # Without the images that only fill up the last batch
             if not rows: continue
+            target = batch[-1][:rows].to(where)
             logits = check_logits(pick_logits(model(batch[0][:rows].to(where)))[0])
-            counts = grid_confusions(logits, batch[-1][:rows].to(where), offsets, ignore_index)
+            counts = grid_confusions(resize_logits(logits, target.shape[1:]), target, offsets, ignore_index)
             total += counts.sum(0)
             if per_image: images.append(class_totals(counts).cpu())
     if hasattr(dl, 'world_size'): total,images = sum_over_ranks(total),sum(gather_ranks(images), [])

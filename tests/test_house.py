@@ -213,7 +213,6 @@ nbs/analyses/10_camvid_first_look.ipynb
 nbs/analyses/20_demo_regime.ipynb
 nbs/analyses/30_evidence_camvid.ipynb
 nbs/analyses/30_evidence_scenes.ipynb
-nbs/analyses/40_camvid.ipynb
 nbs/analyses/50_when_does_it_help.ipynb
 nbs/analyses/60_what_a_drop_takes.ipynb
 nbs/benchmarks/10_training_step.ipynb

@@ -38,7 +38,7 @@ def coded_batch(n=5, size=24, seed=0):
 def weights_of(y, **options): return rarity_weights(count_labels(y, C).sum(0), **options)
 
 def pasted(x, y, seed=0, weights=None, p=1., **options):
-    options = {'min_pixels':1, 'max_share':1., **options}
+    options = {'min_pixels':1, 'max_share':1., 'components':False, **options}
     return paste_classes(x, y, weights_of(y) if weights is None else weights, step_generator(seed, 0), p=p, **options)
 
 

@@ -50,7 +50,8 @@ class DrawRare(DropClassCallback):
     def find_droppable(self):
         "Count the pixels of each class as well."
         super().find_droppable()
-        self.odds = class_counts(self.dls.train.dataset, len(self.names)).clamp(min=1).double()**-.5
+        counts = class_counts(self.dls.train.dataset, len(self.names)).double()
+        self.odds = torch.where(counts>0, counts.clamp(min=1)**-.5, 0.) # What never comes is not drawn
 
 # %% ../../nbs/68_analysis.ablations.ipynb #ab1a0018
 class RandomChannels(DropClassCallback):

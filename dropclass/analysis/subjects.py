@@ -59,7 +59,7 @@ def learner_spec(
     remedy = "pass the class names (`class_names` of `audit`, `spec` elsewhere)"
     if C is None: raise ValueError(f"The DataLoaders do not say what their classes are: {remedy}, or their number")
     names = class_names(learn.dls, C)
-    if void is not None and 0<=void<C:
+    if void is not None and 0<=void<C-1: # The last name may be void's
         raise ValueError(f"The loss ignores label {void}, which is the class {names[void]} of the DataLoaders: "
                          f"{remedy} to count it as a class")
     return as_spec(names, VOID if void is None else void)
@@ -313,6 +313,8 @@ def open_images(
     stats:tuple|None=None, # Mean and standard deviation per channel, for images in 0..1; None is ImageNet's
     fit:bool=False, # Fit a folder's images onto a canvas of `size` instead of stretching them?
     label_map:dict|None=None, # File label of a folder's masks -> class or void
+    in_chans:int=3, # Channels of a folder's images
+    bits:int|None=None, # Bits that a folder's images of more than 8 use
 ) -> tuple: # DataLoader, `ClassSpec`, and the pixels of each class in the training set (C,), or None
     "Open labelled images to look at a network with."
     kind,path = _kind_of(Path(path)),Path(path)
@@ -320,12 +322,13 @@ def open_images(
     check_choice(test, ['valid','unbiased'] if kind=='scenes' else ['valid'], 'test')
     if names is not None and kind!='folder':
         raise ValueError(f"Class names are for a folder of `images` and `masks`; {path} has its own: leave them out")
-    if kind=='folder': return *_open_folder(path, names, fit=fit, label_map=label_map, **options),None
+    read = dict(label_map=label_map, in_chans=in_chans, bits=bits)
+    if kind=='folder': return *_open_folder(path, names, fit=fit, read=read, **options),None
     dls = scenes_dls(**options) if kind=='scenes' else camvid_dls(path, **options)
     return getattr(dls, test),dls.spec,class_counts(dls.train.dataset)
 
 # %% ../../nbs/59_analysis.subjects.ipynb #86d95f0b
-def _open_folder(path, names, bs, size=None, fit=False, label_map=None, **options):
+def _open_folder(path, names, bs, size=None, fit=False, read={}, **options):
     "DataLoader and classes of a folder with images, masks and class names."
     names = path/'classes.txt' if names is None else names
     listed = isinstance(names, (str,Path))
@@ -336,5 +339,5 @@ def _open_folder(path, names, bs, size=None, fit=False, label_map=None, **option
     spec = ClassSpec([o for o in read_lines(names) if o] if listed else names)
     pairs = pair_files(path/'images', path/'masks')
     if split := brought_split(pairs, path/'images'): pairs = split.valid # What its training did not see
-    items = (FittedItems if fit else SegmentationItems)(pairs, spec, size, label_map)
+    items = (FittedItems if fit else SegmentationItems)(pairs, spec, size, **read)
     return make_dls(items, items, spec, bs=min(bs, len(items)), **options).valid,spec

@@ -627,7 +627,7 @@ class PrepareItem(ItemTransform):
         return (self.image(item[0]), *(self.mask(o) for o in item[1:]))
 
     def decodes(self, item): # What is drawn
-        return type(item)(o[:3] if isinstance(o, TensorImage) and len(o)>3 else o for o in item)
+        return type(item)(o[:3 if len(o)>2 else 1] if isinstance(o, TensorImage) else o for o in item)
 
     def image(self, x):
         "Read an image, or check that it is bytes already."
@@ -756,7 +756,8 @@ def full_size_dl(
 ) -> TfmdDL: # The same images in the same order, with labels at their own size
     "Give labels back the size of their files."
     items = dl.dataset.source
-    if not hasattr(items, 'own_mask'): return dl # They have no other size
-    alike = len(set(items.own_sizes))==1
+    sizes = set(getattr(items, 'own_sizes', ()))
+    if not sizes or sizes=={tuple(items.size)}: return dl # They have no other size
+    alike = len(sizes)==1
     full = SegmentationDataset(OwnSizeItems(items), dl.dataset.spec, 1)
     return dl.new(full, bs=dl.bs if alike else 1, shuffle=False, drop_last=False) # A batch is of one size

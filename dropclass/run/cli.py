@@ -424,6 +424,8 @@ def predict(
     out:Annotated[Path, {'opt':True, 'required':True}], # Folder to write to: masks, overlays and legend.png
     path_of:str=None, # Path that predicts: plain, drop or mean (the run's own)
     size:str=None, # Height x width that the network is shown, such as 64x96 (the training size)
+    tile:int=None, # For large images: label each at its own size by overlapping tiles of TILE x TILE pixels, such as 512
+    tuned:bool=False, # With the class bias that dropclass-tune found
     alpha:float=.5, # Strength of the colours in the overlays, 0 to 1
     overwrite:bool=False, # Replace files in the folder
     device:str=None, # Where to compute: cpu, cuda, cuda:1 ... (a GPU where there is one)
@@ -431,9 +433,11 @@ def predict(
 ):
     "Label images with a trained network: palette masks of the image's size, and colour overlays."
     with one_line_errors(debug, lambda: f"The files in {out} are whole."):
+        from dropclass.analysis.subjects import show_progress
         from dropclass.run.predict import predict_images
+        progress = partial(show_progress, progress=sys.stdout.isatty())
         files = predict_images(run, images, out, path_of, size=read_size(size), alpha=alpha, overwrite=overwrite,
-                               device=device)
+                               progress=progress, device=device, tile=tile, tuned=tuned)
         print(f"{len(files)} images labelled: {out/'masks'}, {out/'overlays'}, {out/'legend.png'}")
         return files
 

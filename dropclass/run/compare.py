@@ -54,7 +54,7 @@ def _read_runs(runs):
 _default = lambda f: f.default_factory() if f.default is MISSING else f.default
 _LATER = {'processes':1, **{f.name:_default(f) for f in fields(Config)}} # For what runs of older versions did not write
 # Settings that may go into a name, in this order, and their usual values, which are not worth a word
-_NAMING = ('weights','loss','resample','sampling','paste','erase','arch','dropclass','seed','epochs','lr','size','bs')
+_NAMING = ('paste','erase','weights','loss','resample','sampling','arch','dropclass','seed','epochs','lr','size','bs')
 _USUAL = {o:_LATER[o] for o in ('weights','loss','resample','sampling','dropclass','paste','erase')}
 
 def _setting(config, k):

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['data_function', 'sampling_options', 'data_parameters', 'make_data', 'PixelLoss', 'make_weights', 'make_loss',
            'make_opt_func', 'poly', 'lr_schedule', 'read_schedule', 'make_method', 'make_changes', 'BFloat16',
-           'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'load_checkpoint',
-           'RunRecorder', 'StopDiverged', 'ValidEvery', 'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted',
-           'open_folder', 'shift_grid', 'summarize', 'evaluate_paths', 'save_counts', 'prior_counts', 'plot_examples',
-           'finish_run', 'train_run', 'Run', 'load_run', 'image_options']
+           'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'data_files',
+           'load_checkpoint', 'RunRecorder', 'StopDiverged', 'ValidEvery', 'EpochLines', 'hold_folder', 'check_unused',
+           'clear_unstarted', 'open_folder', 'shift_grid', 'summarize', 'evaluate_paths', 'evaluate_full_size',
+           'save_counts', 'prior_counts', 'plot_examples', 'finish_run', 'train_run', 'Run', 'load_run',
+           'image_options']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import inspect
@@ -19,6 +20,7 @@ import os
 import random
 import socket
 import time
+import zlib
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -45,12 +47,12 @@ from ..rivals import COUNTED_LOSSES, FadeWeightsCallback, IgnoreLabelCallback, p
 from ..analysis.ablations import ablated
 from ..analysis.subjects import Subject, answer_by
 from ..core import ClassSpec, check_choice, check_device, check_unit, colorize, write_json, writing
-from ..data.core import make_dls
+from ..data.core import full_size_dl, make_dls
 from ..stats import check_counts, class_counts, median_frequency_weights
 from ..data.sampling import RareClassDL, ResampledDL
 from ..head import HEAD_OPTIONS
 from ..surgery import add_dropclass, get_head
-from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
+from ..metrics import class_iou, evaluate, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
 from ..models import create_model
 from ..paste import ClassPasteCallback, EraseClassCallback
 from ..prior import TAUS, class_offsets, prior_confusions
@@ -249,7 +251,7 @@ def make_learner(
     check_counts(counts, dls.spec)
     set_seed(config.seed, reproducible=True)
     for i,dl in enumerate(dls.loaders): dl.rng.seed(config.seed+i)
-    model = create_model(config.arch, dls.c, config.pretrained, config.weights_file)
+    model = create_model(config.arch, dls.c, config.pretrained, config.weights_file, dls.in_chans)
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
     learn = Learner(dls, model, make_loss(config, dls), opt_func=make_opt_func(config), lr=config.lr, wd=config.wd, path=Path(path),
                     metrics=segmentation_metrics(dls.c, counts, dls.spec.ignore_index), cbs=[*make_changes(config, counts), *make_method(config)])
@@ -297,6 +299,19 @@ def save_checkpoint(
     torch.save(state, memory)
     with writing(path) as temp: temp.write_bytes(memory.getbuffer())
 
+def data_files(
+    dls, # DataLoaders
+) -> dict: # Name of each file -> a number; nothing where the data are no files
+    "Know the files of a data set by their sizes and last bytes, where a PNG sums up its pixels."
+    pairs = [o for dl in dls.loaders for o in getattr(_own(dl).dataset, 'pairs', ())]
+    return {'/'.join(o.parts[-2:]):_file_mark(o) for pair in pairs for o in map(Path, pair)}
+
+def _file_mark(path):
+    size = path.stat().st_size
+    with open(path, 'rb') as f:
+        f.seek(max(size-4096, 0))
+        return zlib.crc32(f.read(), size & 0xffffffff)
+
 def load_checkpoint(
     path:str|Path, # The file
     device='cpu', # Where its tensors go
@@ -313,8 +328,9 @@ class RunRecorder(Callback):
         folder:Path, # The run's folder
         key:str, # Hash of the configuration
         checkpoint:dict|None=None, # What to resume from; None starts anew
+        **about, # More to keep in the checkpoint
     ):
-        self.folder,self.key,self.checkpoint = Path(folder),key,checkpoint
+        self.folder,self.key,self.checkpoint,self.about = Path(folder),key,checkpoint,about
         self.first = 0 if checkpoint is None else checkpoint['epoch']+1
         self.table = [] if checkpoint is None else list(checkpoint['table'])
         self.seconds = 0. if checkpoint is None else checkpoint['seconds']
@@ -345,7 +361,7 @@ class RunRecorder(Callback):
         if is_first():
             with writing(self.folder/'history.csv') as temp: pd.DataFrame(self.table).to_csv(temp, index=False)
         smooth = self.recorder.smooth_loss
-        save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch, table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads())
+        save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch, table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads(), **self.about)
 
 # %% ../../nbs/70_run.experiment.ipynb #415a3592
 class StopDiverged(Callback):
@@ -485,15 +501,22 @@ def _start_folder(out, config):
     write_json(out/'config.json', dict(format=1, **asdict(config), hash=config_hash(config), processes=num_ranks(),
                                        versions={o:_version(o) for o in _VERSIONS}))
 
-def _check_same(out, config, checkpoint):
-    "Refuse to go on with a run that was started otherwise."
+def _check_same(out, config, checkpoint, files=None):
+    "Refuse to go on with a run that was started otherwise, or on other data."
     ranks = len(checkpoint.get('ranks', [0]))
     if ranks!=num_ranks():
         raise ValueError(f"{out} was trained by {ranks} processes, now there are {num_ranks()}, and the batches would differ: "
                          f"resume with {ranks}, or start in a new folder")
+    was = checkpoint.get('files')
+    changed = [] if was is None or files is None else sorted(o for o in {*was, *files} if was.get(o)!=files.get(o))
+    if changed:
+        what = lambda o: 'is new' if o not in was else 'has gone' if o not in files else 'has changed'
+        more = f", so have {len(changed)-1} more files" if len(changed)>1 else ''
+        raise ValueError(f"{out} was trained on other data: {changed[0]} {what(changed[0])} since{more}. "
+                         "Resume with the data as they were, or start in a new folder")
     if checkpoint['key']==config_hash(config): return
-    old = read_config(out)
-    pairs = {f.name:(getattr(old, f.name), getattr(config, f.name)) for f in fields(Config) if f.name!='path'}
+    old = checkpoint.get('config') or asdict(read_config(out)) # Older checkpoints do not hold it
+    pairs = {f.name:(old.get(f.name, getattr(Config(), f.name)), getattr(config, f.name)) for f in fields(Config) if f.name!='path'}
     other = '; '.join(f'{k} was {a!r}, is {b!r}' for k,(a,b) in pairs.items() if a!=b)
     other = other or "a default has changed since: class weights counted in Eq. (6), so add the option masked_weights=True, or alpha was 10"
     raise ValueError(f"{out} was started with another configuration ({other}): resume with the same one, or start in a new folder")
@@ -503,6 +526,7 @@ def open_folder(
     out:str|Path, # The run's folder; made when missing
     config:Config, # The run
     resume:bool=False, # Continue an interrupted run?
+    files:dict|None=None, # What `data_files` says of its data; None does not look
 ) -> dict|None: # The checkpoint to resume from, or None
     "Make the folder of a run, or check that the one there is this very run's."
     out = Path(out)
@@ -510,7 +534,7 @@ def open_folder(
     for o in out.glob('.*.part'):
         if not o.is_dir(): o.unlink() # Writing it was cut off
     checkpoint = load_checkpoint(out/'checkpoint.pt')
-    _check_same(out, config, checkpoint)
+    _check_same(out, config, checkpoint, files)
     _note_folder(out, config)
     return checkpoint
 
@@ -535,28 +559,46 @@ def summarize(
     return dict(miou=float(mean_iou(cm)), rare_miou=float(mean_iou(cm, rare)), pixel_acc=float(pixel_accuracy(cm)),
                 absent=int(iou.isnan().sum()), class_iou=[None if np.isnan(o) else o for o in iou.tolist()])
 
+def _each_path(model):
+    "Let a network answer by each of its paths in turn."
+    head = get_head(model)
+    was = head.predict if head else None
+    try:
+        for path in ('plain','drop','mean') if head else ('plain',):
+            if head: head.predict = path
+            yield path
+    finally:
+        if head: head.predict = was
+
+def _split_dl():
+    "What gives every process its part of a loader."
+    if num_ranks()==1: return lambda dl: dl
+    from dropclass.run.distributed import split_dl
+    return split_dl
+
 def evaluate_paths(
     model:nn.Module, # The trained network
     dls, # DataLoaders; `dls.unbiased`, where there is one, is a second test set
     offsets, # Shifts of the logits (T,C), as `class_offsets` gives them
 ) -> dict: # Test set or 'train' -> path -> (pixel counts (T,C,C), pixels right, labelled and predicted (2,T,3,C) of the even and the odd images)
     "Count every test set, and the training images, by every path and under every shift, over all processes."
-    if num_ranks()>1: from dropclass.run.distributed import split_dl
-    else: split_dl = lambda dl: dl
-    head = get_head(model)
     tests = {'valid':dls.valid, 'unbiased':getattr(dls, 'unbiased', None), 'train':dls.valid.new(dls.train.dataset)}
     tests = {k:v for k,v in tests.items() if v is not None}
-    was = head.predict if head else None
-    result = {o:{} for o in tests}
-    try:
-        for path in ('plain','drop','mean') if head else ('plain',):
-            if head: head.predict = path
-            for name,dl in tests.items():
-                counts,images = prior_confusions(model, split_dl(dl), offsets, dls.spec.ignore_index, per_image=True)
-                result[name][path] = counts,torch.stack([images[i::2].sum(0) for i in range(2)])
-    finally:
-        if head: head.predict = was
+    result,split = {o:{} for o in tests},_split_dl()
+    for path in _each_path(model):
+        for name,dl in tests.items():
+            counts,images = prior_confusions(model, split(dl), offsets, dls.spec.ignore_index, per_image=True)
+            result[name][path] = counts,torch.stack([images[i::2].sum(0) for i in range(2)])
     return result
+
+def evaluate_full_size(
+    model:nn.Module, # The trained network
+    dls, # DataLoaders
+) -> dict: # Path -> pixel counts (C,C); nothing where images were not resized
+    "Count the validation images at the size of their label files, over all processes."
+    dl,split = full_size_dl(dls.valid),_split_dl()
+    if dl is dls.valid: return {}
+    return {o:evaluate(model, split(dl), len(dls.spec), dls.spec.ignore_index) for o in _each_path(model)}
 
 # %% ../../nbs/70_run.experiment.ipynb #d754844f
 def save_counts(
@@ -611,8 +653,10 @@ def finish_run(
     counts = class_counts(learn.dls.train.dataset)
     offsets = shift_grid(counts, getattr(learn.loss_func, 'weight', None))
     found = evaluate_paths(learn.model, learn.dls, offsets)
+    full = evaluate_full_size(learn.model, learn.dls)
     if not is_first(): return
     matrices = {t:{p:o[TAUS.index(0)] for p,(o,_) in paths.items()} for t,paths in found.items() if t!='train'}
+    if full: matrices['full'] = full
     rare = [int(o) for o in rare_classes(counts)]
     with writing(out/'weights.safetensors') as temp: temp.write_bytes(save({k:v.contiguous() for k,v in learn.model.state_dict().items()}, head and dict(dropclass=json.dumps({k:getattr(head, k) for k in HEAD_OPTIONS}))))
     with writing(out/'examples.png') as temp: plot_examples(learn.model, learn.dls).savefig(temp, dpi=100, format='png')
@@ -660,7 +704,9 @@ def _fit(learn, out, config, resume, made, progress, write, cbs):
     "Train by a Learner into a folder that this process holds, and evaluate."
     if not progress: learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
     with _or_nothing(out, made and not resume):
-        recorder = RunRecorder(out, config_hash(config), from_first(lambda: open_folder(out, config, resume)))
+        files = data_files(learn.dls)
+        opened = from_first(lambda: open_folder(out, config, resume, files))
+        recorder = RunRecorder(out, config_hash(config), opened, files=files, config=asdict(config))
         bookkeeping = [ValidEvery(config.valid_every), StopDiverged(), recorder, EpochLines(write=write)]
         with _over_ranks(learn, config): learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), *bookkeeping, *cbs])
     finish_run(learn, out, config, recorder.seconds)
@@ -717,7 +763,7 @@ class Run:
 
     def load_model(self):
         "Rebuild the network with its trained weights, in evaluation mode."
-        model = create_model(self.config.arch, len(self.spec))
+        model = create_model(self.config.arch, len(self.spec), in_chans=self.config.data_options.get('in_chans', 3))
         if self.config.method in ('dropclass','no_drop'):
             options = {k:self.config.dropclass[k] for k in HEAD_OPTIONS if k in self.config.dropclass}
             add_dropclass(model, len(self.spec), self.config.dropclass.get('classifier'), **options)
@@ -759,9 +805,9 @@ def subject(self:Run,
 # %% ../../nbs/70_run.experiment.ipynb #a2328da0
 def image_options(
     config:Config, # A run
-) -> dict: # `size`, `fit`, and `stats` and `label_map` where the run sets them
+) -> dict: # `size`, `fit`, and where the run sets them `stats`, `label_map`, `in_chans` and `bits`
     "Tell how the images of a run were prepared."
     own = inspect.signature(data_function(config.data)).parameters['size'].default
     size = config.size or config.data_options.get('size', own)
-    set_there = {k:o for k in ('stats','fit','label_map') if (o := config.data_options.get(k)) is not None}
+    set_there = {k:o for k in ('stats','fit','label_map','in_chans','bits') if (o := config.data_options.get(k)) is not None}
     return dict(size=size, **{'fit':config.data in ON_CANVAS, **set_there})

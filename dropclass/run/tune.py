@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from ..analysis.subjects import load_network, open_images
 from ..core import check_choice, writing, write_json
+from ..data.core import full_size_dl
 from ..prior import PriorTuning, shift_classes, tune_prior
 from .experiment import Run, load_run, make_weights
 from ..stats import class_counts
@@ -27,7 +28,7 @@ def tune_run(
 ) -> PriorTuning: # The curve and the best tau
     "Find the tau of a run."
     dls = run.load_data()
-    dl = dls.valid if check_choice(on, TUNE_ON, 'on')=='valid' else dls.valid.new(dls.train.dataset)
+    dl = full_size_dl(dls.valid if check_choice(on, TUNE_ON, 'on')=='valid' else dls.valid.new(dls.train.dataset))
     weights,counts = make_weights(run.config, dls),class_counts(dls.train.dataset)
     if weights is not None: # A class that never came stays where it is
         weights = weights.cpu()

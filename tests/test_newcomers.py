@@ -1,0 +1,90 @@
+"What users of other libraries bring: void among the class names, averaged weights, encoders of one size, classes that never come."
+import pytest
+import torch
+from copy import deepcopy
+from fastai.callback.core import Callback
+from fastai.losses import CrossEntropyLossFlat
+from fastai.learner import Learner
+from fastai.vision.data import SegmentationDataLoaders
+
+from dropclass.analysis.ablations import DrawRare
+from dropclass.analysis.subjects import learner_spec
+from dropclass.callback import DropClassCallback
+from dropclass.data.core import write_toy_folder
+from dropclass.models import SmallSegNet, create_model
+from dropclass.surgery import get_head
+from dropclass.testing import toy_learner
+
+
+def quiet_fit(learn, *args, **kwargs):
+    with learn.no_bar(), learn.no_logging(): learn.fit(*args, **kwargs)
+    return learn
+
+
+def test_a_class_that_never_comes_is_not_drawn_as_rare():
+    cb,learn = DrawRare(drop_prob=1., lam=1.),toy_learner(num_classes=4)
+    ds = learn.dls.train.dataset
+    learn.dls.train.dataset = [(x, torch.where(y==3, 2, y)) for x,y in ds]
+    quiet_fit(learn, 8, cbs=cb)
+    drawn = set(cb.history.dropped_class.dropna())
+    assert 'class 3' not in drawn and len(drawn)==3
+
+
+# ---- fastai's CamVid: Void is the last name, and the loss ignores it
+
+def camvid_like(path, outputs):
+    write_toy_folder(path, 8, 5, (32,48), void=5)
+    names = [f'c{i}' for i in range(5)]+['Void']
+    dls = SegmentationDataLoaders.from_label_func(path, sorted((path/'images').iterdir()), lambda o: path/'masks'/o.name,
+                                                  bs=4, codes=names, device='cpu', num_workers=0)
+    return Learner(dls, SmallSegNet(outputs, width=4), loss_func=CrossEntropyLossFlat(axis=1, ignore_index=5),
+                   cbs=DropClassCallback(drop_prob=1.))
+
+
+@pytest.mark.parametrize('outputs', [5, 6])
+def test_void_is_the_last_name(tmp_path, outputs):
+    "With a channel of its own or without, it is not dropped; and it is no class of an analysis."
+    learn = quiet_fit(camvid_like(tmp_path, outputs), 1)
+    assert get_head(learn.model).num_classes==outputs
+    assert learn.drop_class.names==[*(f'c{i}' for i in range(5)), 'Void'][:outputs]
+    assert learn.drop_class.droppable==[0,1,2,3,4]
+    assert learner_spec(learn).names==('c0','c1','c2','c3','c4')
+
+
+def test_a_wrong_number_of_outputs_is_still_refused(tmp_path):
+    with pytest.raises(ValueError, match='No convolution with 6 outputs'): camvid_like(tmp_path, 4)
+
+
+# ---- averaged weights
+
+class Ema(Callback):
+    "An average of the weights that is validated in the network's place."
+    def before_fit(self): self.ema = deepcopy(self.learn.model)
+    def after_step(self):
+        with torch.no_grad():
+            for e,m in zip(self.ema.parameters(), self.model.parameters()): e.lerp_(m, .5)
+    def before_validate(self): self.keep,self.learn.model = self.learn.model,self.ema
+    def after_validate(self): self.learn.model = self.keep
+
+
+@pytest.mark.parametrize('late', [True, False])
+def test_an_average_of_weights_is_validated(late):
+    "The callback measures the network that validates: with a head of its own, or without one."
+    cb,ema = DropClassCallback(lam=1., predict='drop'),Ema()
+    learn = toy_learner(cbs=None if late else cb)
+    if late: ema.order = -5 # Copies the network before it has a head
+    quiet_fit(learn, 2, cbs=[ema, cb] if late else [ema])
+    row = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
+    head = get_head(ema.ema)
+    assert (head is None)==late and (late or head.step is None)
+    assert row['drop_share']==(0. if late else 1.)
+    assert (row['valid_drop_loss']!=row['valid_drop_loss'])==late # NaN where nothing was measured
+
+
+# ---- encoders of one size
+
+def test_an_encoder_of_one_size_says_so_in_a_sentence():
+    pytest.importorskip('timm')
+    net = create_model('timm:swin_tiny_patch4_window7_224', 3).eval()
+    with torch.no_grad(), pytest.raises(ValueError, match="takes images of one size .*padded to 64x96: bring them"):
+        net(torch.zeros(1, 3, 60, 92))

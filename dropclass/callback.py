@@ -41,7 +41,9 @@ class DropClassHistory(Callback):
     order,reads_pred,run_train = CastToTensor.order-3.5,False,False # Right behind DropClassCallback
     def __init__(self,
         owner, # The `DropClassCallback` that it belongs to
-    ): self.owner,self.rows,self.names,self.columns,self.answer,self.on = owner,[],[],[],None,False
+    ):
+        self.owner,self.rows,self.names,self.columns = owner,[],[],[]
+        self.head,self.answer,self.on = None,None,False # The head that validates, its answer, is it validation?
 
 # %% ../nbs/30_callback.ipynb #c0a10019
 def check_head_options(

@@ -21,6 +21,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -32,6 +33,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.optimizer import SGD
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID
@@ -238,6 +240,35 @@ def peak_bytes(device='cpu'):
     if status.exists(): return next(int(o.split()[1])*1024 for o in status.read_text().splitlines() if o.startswith('VmHWM'))
     import resource # Where there is no /proc; on Linux it would count what the parent process held when it started this one
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
+
+
+class LiveTensors(TorchDispatchMode):
+    "Count the bytes of the tensors that operations have made and that are still held."
+    def __init__(self):
+        super().__init__()
+        self.held,self.now,self.peak = {},0,0
+
+    def forget(self, key): self.now -= self.held.pop(key, 0)
+
+    def note(self, tensor):
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.held: return
+        self.held[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        weakref.finalize(storage, self.forget, key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for o in out if isinstance(out, (tuple,list)) else [out]:
+            if isinstance(o, torch.Tensor): self.note(o)
+        self.peak = max(self.peak, self.now)
+        return out
+
+def peak_tensors(step):
+    "The most bytes that the tensors of one call hold at a time; the machine's load does not matter."
+    with LiveTensors() as live: step()
+    return live.peak
 
 
 def setting(arch, size, bs, classes, rounds, threads, device):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'DropClassHistory', 'check_head_options', 'DropClassCallback', 'class_names', 'add_head', 'extend_optimizer',
-           'only_predicts', 'StepPlan', 'take_answer', 'may_read_pred', 'added_terms']
+           'only_predicts', 'StepPlan', 'take_answer', 'may_read_pred', 'added_terms', 'labels_do']
 
 # %% ../nbs/30_callback.ipynb #d02fc619
 import math
@@ -15,6 +15,7 @@ from operator import attrgetter, index
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.autograd.graph import GradientEdge
 from torch.nn.parallel import DistributedDataParallel
 from fastcore.basics import listify, patch, store_attr
@@ -26,7 +27,7 @@ from fastai.learner import CastToTensor, ValueMetric
 from fastai.torch_core import norm_bias_params
 from .core import check_choice, step_generator
 from .features import dropped_class, sample_keep_mask
-from .fused import fuses, resize_dropclass_loss
+from .fused import find_resize, fuses, resize_cross_entropy, resize_dropclass_loss, resized_max
 from .head import HEAD_CHOICES, HEAD_OPTIONS, split_paths
 from .surgery import add_dropclass, get_head, remove_dropclass, resize_behind
 from .losses import StepPaths, check_per_pixel, check_void, choose_paths, cross_entropy_options
@@ -40,7 +41,9 @@ class DropClassHistory(Callback):
     order,reads_pred,run_train = CastToTensor.order-3.5,False,False # Right behind DropClassCallback
     def __init__(self,
         owner, # The `DropClassCallback` that it belongs to
-    ): self.owner,self.rows,self.names,self.columns = owner,[],[],[]
+    ):
+        self.owner,self.rows,self.names,self.columns = owner,[],[],[]
+        self.valid_head,self.answer,self.on = None,None,False # The head that validates, its answer, is it validation?
 
 # %% ../nbs/30_callback.ipynb #c0a10019
 def check_head_options(
@@ -348,8 +351,16 @@ def take_small(self:DropClassCallback,
     small:tuple, # Small logits of the plain and of the drop path (N,C,h1,w1); None for one that did not run
 ):
     "Keep the small logits and the labels, and leave fastai one pixel to compare."
-    self.now.logits,self.now.yb,pixel = small,self.learn.yb,(slice(None, 1), Ellipsis, *[slice(None, 1)]*2)
-    self.learn.pred = next(o for o in small if o is not None)[pixel]
+    self.now.logits,self.now.yb = small,self.learn.yb
+    self.show_pixel(next(o for o in small if o is not None))
+
+@patch
+def show_pixel(self:DropClassCallback,
+    logits:Tensor, # Small logits (N,C,h1,w1)
+):
+    "Show fastai one pixel."
+    pixel = (slice(None, 1), Ellipsis, *[slice(None, 1)]*2)
+    self.learn.pred = logits[pixel]
     self.learn.yb = (torch.full_like(self.yb[0][pixel], self.droppable[0]),) # Void would give NaN
 
 # %% ../nbs/30_callback.ipynb #8bd7e487
@@ -496,26 +507,118 @@ def after_fit(self:DropClassHistory):
 @patch
 def before_validate(self:DropClassHistory):
     "Start the sums of the two validation losses."
-    if not only_predicts(self.learn): self.valid_sums = [0., 0., 0.]
+    if only_predicts(self.learn): return
+    self.on,self.valid_sums = self.owner.both_paths,[0., 0., 0.]
 
 @patch
-def before_batch(self:DropClassHistory):
+def after_validate(self:DropClassHistory):
+    "What others run after the validation gets one path, at full size."
+    if not only_predicts(self.learn): self.on = False
+
+@patch
+def compares(self:DropClassHistory) -> bool: # Is this a batch of a fit's validation?
+    "Tell whether both paths are asked for."
+    return self.on and self.valid_head is not None and not only_predicts(self.learn)
+
+@patch
+def path_losses(self:DropClassHistory,
+    losses:list, # Losses of the plain and of the drop path, scalars
+):
+    "Add up the losses of both paths."
+    if not has_labels(self.loss_func, self.yb[0]): return
+    self.valid_sums = [a+len(self.yb[0])*float(b) for a,b in zip(self.valid_sums, [*losses, 1.])]
+
+@patch
+def one_of(self:DropClassHistory,
+    plain, # Logits or loss of the plain path
+    drop, # The same of the drop path
+): # The one of the path that predicts; the mean if both do
+    "Pick what belongs to the path that predicts."
+    return {'plain':plain, 'drop':drop}.get(self.valid_head.predicts, (plain+drop)/2)
+
+@patch
+def stacked_answer(self:DropClassHistory):
+    "Compare both paths at full size, and hand on the one that predicts."
+    paths = split_paths(self.pred, len(self.yb[0]))
+    self.path_losses([self.loss_func(o, *self.yb) for o in paths])
+    self.learn.pred = self.one_of(*paths)
+
+# %% ../nbs/30_callback.ipynb #e3303662
+def labels_do(
+    metric, # A metric of a Learner
+) -> bool: # Does it look at predicted labels, or at no prediction?
+    "Ask a metric; one that says nothing is taken to look at logits."
+    return getattr(metric, 'takes_labels', isinstance(metric, ValueMetric))
+
+@patch
+def valid_resize(self:DropClassHistory) -> dict|None: # Options of the fused loss; None for full size
+    "Take the route that training took."
+    routes = list(self.owner.routes.values())
+    if routes and all(isinstance(o, dict) for o in routes): return routes[0]
+
+@patch
+def arm_both(self:DropClassHistory,
+    small_only:bool, # Leave the logits small?
+):
     "Ask for both paths, all classes kept."
+    self.valid_head.arm(torch.ones(len(self.names)), in_eval=True, small_only=small_only)
+
+@patch
+def take_both(self:DropClassHistory,
+    resize:dict|None, # Options of the fused loss
+) -> tuple|None: # Small logits of both paths; None where `pred` stacks them at full size
+    "Take what the head has left, or run the model again where its tail is another one than in training."
+    answered,small = take_answer(self.valid_head)
+    self.owner.check_answer(answered)
+    if small is None: return
+    found = find_resize(small[0][:,:1], self.pred)
+    if found is not None and found['align_corners']==resize['align_corners']: return small
+    self.arm_both(False)
+    self.learn.pred = self.model(*self.xb)
+    take_answer(self.valid_head)
+
+@patch
+def small_answer(self:DropClassHistory,
+    small:tuple, # Small logits of both paths (N,C,h1,w1)
+    resize:dict, # Options of the fused loss
+):
+    "Compare both paths from small logits, and hand on labels, or logits where a metric wants them."
+    loss_of = lambda o: resize_cross_entropy(o, self.yb[0], **resize)
+    losses,logits = [loss_of(o) for o in small],self.one_of(*small)
+    self.path_losses(losses)
+    size,align = self.yb[0].shape[1:],resize['align_corners']
+    if not all(labels_do(o) for o in self.learn.metrics):
+        self.learn.pred = F.interpolate(logits, size=size, mode='bilinear', align_corners=align)
+        return
+    mixed = self.valid_head.predicts=='mean'
+    loss = loss_of(logits) if mixed else self.one_of(*losses)
+    if not has_labels(self.loss_func, self.yb[0]): loss = torch.full_like(loss, math.nan) # As fastai has it
+    self.answer = loss,resized_max(logits, size, align)[1],self.learn.yb
+    self.owner.show_pixel(logits)
+
+# %% ../nbs/30_callback.ipynb #69c9aa49
+@patch
+def before_batch(self:DropClassHistory):
+    "Ask for both paths."
     if only_predicts(self.learn): return
     self.valid_head = get_head(self.learn.model) # A callback may validate another network, an average of weights say
-    if self.valid_head and self.owner.both_paths: self.valid_head.arm(torch.ones(len(self.names)), in_eval=True)
+    if self.compares(): self.arm_both(self.valid_resize() is not None)
 
 @patch
 def after_pred(self:DropClassHistory):
     "Add up the losses of both paths, and hand on the one that predicts."
-    head = self.valid_head
-    if only_predicts(self.learn) or not head or not self.owner.both_paths: return
-    self.owner.check_answer(take_answer(head)[0])
-    plain,drop = split_paths(self.pred, len(self.yb[0]))
-    losses = [float(self.loss_func(o, *self.yb)) for o in (plain, drop)]
-    if has_labels(self.loss_func, self.yb[0]):
-        self.valid_sums = [a+len(plain)*b for a,b in zip(self.valid_sums, losses+[1.])]
-    self.learn.pred = {'plain':plain, 'drop':drop}.get(head.predicts, (plain+drop)/2)
+    if not self.compares(): return
+    resize = self.valid_resize()
+    small = self.take_both(resize)
+    if small is None: self.stacked_answer()
+    else: self.small_answer(small, resize)
+
+@patch
+def after_loss(self:DropClassHistory):
+    "Put the whole batch in the place of one pixel."
+    if self.answer is None: return
+    self.learn.loss,self.learn.pred,self.learn.yb = self.answer
+    self.learn.loss_grad,self.answer = self.learn.loss,None
 
 # %% ../nbs/30_callback.ipynb #a1b9d0c3
 @patch

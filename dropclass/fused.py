@@ -6,7 +6,7 @@
 __all__ = ['resize_matrix', 'matrix_windows', 'tile_size', 'calm_threads', 'tile_numbers', 'map_bands', 'resize_tile',
            'spread_tile', 'pixel_terms', 'shift_logits', 'tile_losses', 'tile_gradient', 'full_precision', 'sweep_band',
            'sweep_tiles', 'FusedLoss', 'check_inputs', 'resize_cross_entropy', 'resize_drop_losses',
-           'resize_dropclass_loss', 'fuses', 'find_resize']
+           'resize_dropclass_loss', 'band_max', 'resized_max', 'fuses', 'find_resize']
 
 # %% ../nbs/35_fused.ipynb #7c2eb580
 import math, os
@@ -377,6 +377,35 @@ def resize_dropclass_loss(
         total = total if x is None else total+losses[0]
         parts.append(part)
     return total, torch.stack([parts[0][0], *parts[1]])
+
+# %% ../nbs/35_fused.ipynb #54195073
+def band_max(
+    band:tuple, # Small logits (k,C,w1) of a band of rows, and its row block (b,k)
+    cols:list, # Its tiles, from `matrix_windows`
+    dtype:torch.dtype, # Type of the logits as they came: they are compared as that
+) -> tuple: # Largest logit (b,w) and its class (b,w), int64
+    "Find the largest class of a band of rows, tile by tile."
+    x,R = band
+    tiles = [resize_tile(x[...,j], R, Q).to(dtype).max(1) for _,j,Q in cols]
+    return tuple(torch.cat(o, 1) for o in zip(*tiles))
+
+@torch.no_grad()
+def resized_max(
+    logits:Tensor, # Small logits (N,C,h1,w1), any float type
+    size:tuple, # Size of the labels (h,w)
+    align_corners:bool=False, # As in `F.interpolate`
+    tile:tuple|None=None, # Rows and columns of a tile; None chooses
+) -> tuple: # Largest logit (N,h,w) and its class (N,h,w), int64
+    "Find the largest class of bilinearly resized logits without resizing them all at once."
+    logits,(N,C,*small),device = plain_tensor(logits),logits.shape,logits.device
+    x = logits.to(torch.promote_types(logits.dtype, torch.float32)).transpose(1, 2).contiguous()
+    with full_precision(device.type), calm_threads(device.type) as workers:
+        tile = tile or tile_size(C, small, size, tile_numbers(device.type))
+        rows,cols = [matrix_windows(resize_matrix(*o, align_corners, x.dtype), step, device)
+                     for *o,step in zip(small, size, tile)]
+        bands = [(x[n,i], R) for n,(_,i,R) in product(range(N), rows)]
+        found = list(map_bands(lambda o: band_max(o, cols, logits.dtype), bands, workers))
+    return tuple(torch.cat(o).view(N, *size) for o in zip(*found))
 
 # %% ../nbs/35_fused.ipynb #da1ca6e4
 def fuses(

@@ -23,8 +23,8 @@ def _sequence(ds):
 def _num_classes(ds, given):
     "The number of classes: as given, or as the data set says."
     if given is not None: return given
-    if not hasattr(ds, 'spec'): raise ValueError(f"{type(ds).__name__} does not say how many classes there are: pass `num_classes`")
-    return len(ds.spec)
+    if hasattr(ds, 'spec'): return len(ds.spec)
+    raise ValueError(f"{type(ds).__name__} does not say how many classes there are: pass `num_classes`")
 
 # %% ../nbs/51_stats.ipynb #2557a762
 class ImageCounts(NamedTuple):
@@ -101,11 +101,13 @@ def check_counts(
     missing = [name for name,n in zip(spec.names, counts.tolist()) if not n]
     if len(missing)>=max(len(spec)-1, 1):
         held = 'one class' if len(missing)<len(spec) else 'no class'
-        raise ValueError(f"The training masks hold {held} of {len(spec)}, all else is void ({spec.ignore_index}): check the labels. "
-            "If they are 0 and 255, 255 being a class, rename it by the data options label_map={255: 1} and ignore_index=254")
+        raise ValueError(f"The training masks hold {held} of {len(spec)}, all else is void ({spec.ignore_index}): "
+                         "check the labels. If they are 0 and 255, 255 being a class, rename it by the data options "
+                         "label_map={255: 1} and ignore_index=254")
     if not missing: return
     named = ', '.join(missing[:8])+(' ...' if len(missing)>8 else '')
-    warnings.warn(f"No training pixel is labelled {named}: if it should be there, check the masks, `label_map` and the order of the names")
+    warnings.warn(f"No training pixel is labelled {named}: if it should be there, check the masks, `label_map` and the "
+                  "order of the names")
 
 # %% ../nbs/51_stats.ipynb #b4279e6b
 def check_validation(
@@ -127,5 +129,6 @@ def median_frequency_weights(
     stats = ds if isinstance(ds, ClassStats) else class_stats(ds, num_classes)
     freq = stats.pixels.double()/stats.present_pixels.clamp(min=1)
     seen = stats.pixels>0
-    if not seen.any(): raise ValueError("No pixel has a class, all are void: median-frequency weights need labelled pixels")
+    if not seen.any():
+        raise ValueError("No pixel has a class, all are void: median-frequency weights need labelled pixels")
     return torch.where(seen, freq[seen].quantile(.5)/freq.clamp(min=1e-30), 0.).float()

@@ -123,21 +123,24 @@ def drag(page, handle, dx):
     ActionChains(page).drag_and_drop_by_offset(handle, dx, 0).perform()
 
 
-def save(page, name):
-    "Keep a screenshot where somebody asked for it."
+def save(page, i, name):
+    "Keep a picture of a cell's widget, sliders and all, where somebody asked for it: those of the tutorial are made so."
     folder = os.environ.get('DROPCLASS_SCREENSHOTS')
-    if folder: page.save_screenshot(str(Path(folder)/f'{name}.png'))
+    if not folder: return
+    widget = cell(page, i).find_element('css selector', '.jp-Cell-outputArea .jupyter-widgets')
+    page.execute_script("arguments[0].scrollIntoView({block:'start'})", widget)
+    widget.screenshot(str(Path(folder)/f'{name}.png'))
 
 
 def test_drop_explorer_follows_its_slider(page):
     "Dragging the slider back to zero changes picture and sentence: nothing is dropped any more."
     before,handles = picture_of(page, 1),cell(page, 1).find_elements('css selector', '.noUi-handle')
     assert before and 'changed between other classes' in text(page, 1)
-    save(page, 'drop_explorer')
+    save(page, 1, 'drop_explorer')
     drag(page, handles[1], -400)
     wait(lambda: '; 0 pixels changed' in text(page, 1), 'sentence about nothing dropped')
     after = wait(lambda: (o := picture_of(page, 1)) and o!=before and o, 'new picture')
-    save(page, 'drop_explorer_at_zero')
+    save(page, 1, 'drop_explorer_at_zero')
     drag(page, handles[0], 60) # Another image
     wait(lambda: (o := picture_of(page, 1)) and o not in (before, after), 'picture of another image')
 
@@ -149,7 +152,7 @@ def test_schedule_explorer_follows_its_slider(page):
     drag(page, cell(page, 2).find_elements('css selector', '.noUi-handle')[0], 30)
     wait(lambda: '200 steps' not in text(page, 2) and 'steps, ' in text(page, 2), 'sentence about more steps')
     wait(lambda: (o := picture_of(page, 2)) and o!=before, 'new picture')
-    save(page, 'schedule_explorer')
+    save(page, 2, 'schedule_explorer')
 
 
 def test_click_shows_the_images_behind_a_cell(page):
@@ -159,7 +162,7 @@ def test_click_shows_the_images_behind_a_cell(page):
     grid.find_element('css selector', 'button[title="water erased, boat looked at"]').click()
     wait(lambda: 'water erased: the IoU of boat goes from' in text(page, 3), 'sentence about the cell')
     first = wait(lambda: picture_of(page, 3), 'images')
-    save(page, 'colocation_explorer')
+    save(page, 3, 'colocation_explorer')
     grid.find_element('css selector', 'button[title="road erased, car looked at"]').click()
     wait(lambda: (o := picture_of(page, 3)) and o!=first, 'other images')
 

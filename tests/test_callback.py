@@ -10,16 +10,18 @@ import pytest
 import torch
 import torchvision
 from fastai.vision.all import (Callback, CancelFitException, CrossEntropyLossFlat, CSVLogger, EarlyStoppingCallback, FetchPredsCallback, GradientClip, Learner,
-                               LossMetrics, OptimWrapper, SaveModelCallback, SegmentationDataLoaders, get_image_files, load_learner, minimum, params, ranger, resnet18,
+                               LossMetrics, OptimWrapper, Recorder, SaveModelCallback, SegmentationDataLoaders, get_image_files, load_learner, minimum, params, ranger, resnet18,
                                unet_learner)
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropclass.callback import PARTS, DropClassCallback
 from dropclass.core import VOID
 from dropclass.head import compensation_block
 from dropclass.surgery import add_dropclass, get_head, remove_dropclass
+from dropclass.metrics import segmentation_metrics
 from dropclass.models import OutputAdapter, create_model
 from dropclass.testing import ToyNet, toy_batch, toy_dls, toy_learner, test_same as same_bits
 
@@ -189,6 +191,83 @@ def test_predictions_fetched_inside_a_fit():
     other = toy_dls().train.new(shuffle=False)
     plain,fetched = columns(),columns(FetchPredsCallback(dl=other))
     for a,b in zip(plain, fetched): assert [a[k] for k in COLUMNS]==[b[k] for k in COLUMNS]
+
+
+# ---- validation from small logits
+
+class Watch(Callback):
+    "Notes what the metrics are given."
+    order,reads_pred = Recorder.order-1,False
+    def __init__(self): self.preds = []
+    def after_batch(self):
+        if not self.training: self.preds.append(self.pred)
+
+def watched(model=None, metrics=None, **options):
+    "A fit of two epochs, the predictions of its validation, and the callback."
+    cb,watch = DropClassCallback(**options),Watch()
+    learn = toy_learner(model=model, cbs=[cb, watch], metrics=segmentation_metrics(4) if metrics is None else metrics)
+    learn.dls.train.rng.seed(0)
+    learn.fit(2)
+    return learn,watch.preds,cb
+
+
+def test_metrics_that_count_labels_get_labels():
+    "Ours get labels, any other metric the logits of the path that predicts, and those have the same largest class."
+    labels,logits = [watched(metrics=o)[1][-1] for o in (None, [*segmentation_metrics(4), pixel_share])]
+    assert (labels.dtype, labels.shape, logits.shape)==(torch.int64, (4,16,16), (4,4,16,16))
+    assert torch.equal(labels, logits.argmax(1))
+
+
+def test_nothing_of_full_size_in_validation():
+    "With many classes the largest tensor of a validation batch is far below the logits at full size."
+    class Largest(TorchDispatchMode):
+        numel = 0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for o in out if isinstance(out, (tuple,list)) else [out]:
+                if isinstance(o, torch.Tensor): self.numel = max(self.numel, o.numel())
+            return out
+    class Look(Callback):
+        order,reads_pred = -100,False
+        def before_validate(self): self.mode = Largest().__enter__()
+        def after_validate(self): self.mode.__exit__(None, None, None)
+    C,N,n = 200,4,64
+    learn = toy_learner(num_classes=C, size=n, cbs=[DropClassCallback(), Look()], metrics=segmentation_metrics(C))
+    learn.fit(1)
+    assert learn.look.mode.numel<=max(N*C*n*n//4, C*C+1)<N*C*n*n # The small logits
+
+
+class Fickle(ToyNet):
+    "Resizes one size of image otherwise than all others."
+    def forward(self, x):
+        logits = self.classifier(self.backbone(x))
+        return F.interpolate(logits, x.shape[-2:], mode='nearest' if x.shape[-1]==24 else 'bilinear')
+
+def test_another_tail_in_validation():
+    "Where the images of validation meet another tail than those of training, both paths go through it."
+    def fit(slow=False):
+        torch.manual_seed(0)
+        learn = toy_learner(model=Fickle(), cbs=(cb := DropClassCallback()), metrics=segmentation_metrics(4))
+        learn.dls.loaders[1] = learn.dls.valid.new(list(zip(*toy_batch(8, size=24, seed=3))))
+        learn.dls.train.rng.seed(0)
+        if slow: cb.log.valid_resize = lambda: None
+        learn.fit(2)
+        assert cb.route.startswith('fused')
+        return learn.recorder.values[-1][1:], learn.metrics[0].counts.total
+    (a,counts),(b,want) = fit(),fit(True)
+    assert a==b and torch.equal(counts, want)
+
+
+def test_batches_behind_the_validation_get_logits():
+    "A logger that runs a batch after the epoch, as TensorBoard's does, finds logits."
+    class Logs(Callback):
+        order,reads_pred = 60,False
+        def after_epoch(self):
+            self.learn.one_batch(0, self.dls.valid.one_batch())
+            self.shape = self.pred.shape
+    learn = toy_learner(cbs=[DropClassCallback(), Logs()], metrics=segmentation_metrics(4))
+    learn.fit(1)
+    assert learn.logs.shape==(4,4,16,16)
 
 
 @pytest.fixture(scope='module')

@@ -341,10 +341,10 @@ def test_demo_compares_in_both_worlds(start, tmp_path):
     assert code==0, err
     assert 'In the biased world' in out and 'In the unbiased world' in out and 'This is one seed' in out
     assert any(o in out for o in ('is ahead of plain training', 'is behind plain training', 'no clear gain or loss'))
-    for o in ('biased.png', 'unbiased.png', 'plain/metrics.json', 'dropclass/metrics.json', 'fade_weights/metrics.json'): assert (tmp_path/'demo'/o).is_file()
-    configs = [json.loads((tmp_path/'demo'/o/'config.json').read_text()) for o in ('plain', 'dropclass', 'fade_weights')]
-    for o in configs[1:]: assert all(configs[0][k]==o[k] for k in o if k not in ('method', 'weights', 'dropclass', 'hash'))
-    assert [(o['method'], o['weights']) for o in configs]==[('plain', 'none'), ('dropclass', 'none'), ('fade_weights', 'median')]
+    for o in ('biased.png', 'unbiased.png', 'plain/metrics.json', 'dropclass/metrics.json', 'fade_weights/metrics.json', 'class_paste/metrics.json'): assert (tmp_path/'demo'/o).is_file()
+    configs = [json.loads((tmp_path/'demo'/o/'config.json').read_text()) for o in ('plain', 'dropclass', 'fade_weights', 'class_paste')]
+    for o in configs[1:]: assert all(configs[0][k]==o[k] for k in o if k not in ('method', 'weights', 'dropclass', 'paste', 'hash'))
+    assert [(o['method'], o['weights']) for o in configs]==[('plain', 'none'), ('dropclass', 'none'), ('fade_weights', 'median'), ('plain', 'median')]
 
 
 def test_demo_stops_both_when_one_fails(monkeypatch, tmp_path, command):
@@ -353,7 +353,7 @@ def test_demo_stops_both_when_one_fails(monkeypatch, tmp_path, command):
         code = "raise SystemExit('No space left')" if config['method']=='plain' else "import time; time.sleep(60)"
         with open(out.with_suffix('.log'), 'w') as log: started.append(subprocess.Popen([sys.executable, '-c', code], stderr=log))
         return started[-1]
-    monkeypatch.setattr(dropclass.run.cli, '_start', fake)
+    monkeypatch.setattr('dropclass.run.demo._start', fake)
     code,_,err = command('demo', '--out', tmp_path/'demo')
     assert code==2 and 'Training plain failed: No space left' in err and len(err.splitlines())==1
     assert started[1].poll() is not None

@@ -205,11 +205,8 @@ nbs/46_data.ade20k.ipynb
 nbs/47_data.sampling.ipynb
 nbs/48_data.split.ipynb
 nbs/50_metrics.ipynb
-nbs/51_stats.ipynb
 nbs/67_analysis.drop.ipynb
-nbs/69_run.config.ipynb
 nbs/70_run.experiment.ipynb
-nbs/72_run.cli.ipynb
 nbs/73_run.distributed.ipynb
 nbs/75_run.audit.ipynb
 nbs/analyses/10_camvid_first_look.ipynb

@@ -216,8 +216,8 @@ def _erased_example(spec, data, hurt, gone, lost, image, total, x, new, before, 
 ADVICE = dict( # Kind -> title and what to try, in the order of the report
     fall=("Classes that lean on context",
           "First see whether another fill shows it too. If so, show these classes where they do not belong: add such "
-          "images, or let `ClassPasteCallback` make them (--paste p=0.5 of dropclass-train). On generated streets it "
-          "halved such habits in our runs; DropClass did not."),
+          "images, or let `ClassPasteCallback` make them (--paste p=fall:0.5 of dropclass-train). On generated "
+          "streets it made such habits 40 % smaller; DropClass did not."),
     confused=("Classes that are mixed up",
               "Check their labels. If they are right, more and larger examples of both may help; if the use allows, "
               "treat the two as one class."),
@@ -334,6 +334,17 @@ def open_networks(
     subjects = [open_model(model, class_names)] if other is None else [*open_both(model, other, class_names)]
     return [s._replace(label=l) for s,l in zip(subjects, labels)] if labels else subjects
 
+def _note_sizes(data, sizes):
+    "The batches; the sizes of their images are noted."
+    for batch in data:
+        sizes['x'.join(map(str, batch[0].shape[-2:]))] = True
+        yield batch
+
+def _weakest(network, n):
+    "Labels of the classes of lowest IoU that occur and are not perfect."
+    order = network.iou.nan_to_num(nan=9.).argsort(stable=True).tolist()
+    return [c for c in order if network.context.occurs[c] and network.iou[c]<1][:n]
+
 # %% ../../nbs/65_analysis.audit.ipynb #7876153a
 def audit(
     model, # Learner, `Run`, or any PyTorch network from images to class scores
@@ -370,17 +381,6 @@ def audit(
     habit = erased_example(first, data, context, **options)
     habits = [habit] if habit else []
     return Audit(first.spec, networks, count_images(data), counts, source, shown, habits, tuple(sizes))
-
-def _note_sizes(data, sizes):
-    "The batches; the sizes of their images are noted."
-    for batch in data:
-        sizes['x'.join(map(str, batch[0].shape[-2:]))] = True
-        yield batch
-
-def _weakest(network, n):
-    "Labels of the classes of lowest IoU that occur and are not perfect."
-    order = network.iou.nan_to_num(nan=9.).argsort(stable=True).tolist()
-    return [c for c in order if network.context.occurs[c] and network.iou[c]<1][:n]
 
 # %% ../../nbs/65_analysis.audit.ipynb #ce4b8dac
 def _plain(values):

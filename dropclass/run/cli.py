@@ -4,16 +4,14 @@
 
 # %% auto #0
 __all__ = ['in_command', 'command_words', 'one_line_errors', 'read_size', 'read_options', 'read_times', 'takers', 'annotation_of',
-           'typed_options', 'without_suppression', 'check_used', 'make_config', 'folder_config', 'default_folder',
-           'train_command', 'show_recipes', 'written', 'example_of', 'show_options', 'takes_settings', 'train',
-           'compare', 'predict', 'audit', 'tune', 'demo_configs', 'train_side_by_side', 'demo_verdict', 'demo']
+           'option_kinds', 'typed_options', 'without_suppression', 'check_used', 'make_config', 'folder_config',
+           'default_folder', 'train_command', 'show_recipes', 'written', 'example_of', 'show_options', 'takes_settings',
+           'train', 'compare', 'predict', 'audit', 'tune', 'demo']
 
 # %% ../../nbs/72_run.cli.ipynb #cfa621bb
 import inspect
-import json
 import os
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -27,8 +25,8 @@ from typing import Annotated
 
 from fastcore.docments import docments
 from fastcore.script import call_parse, is_cli
-from .config import (RECIPES, Config, format_config, kinds_of, merge_settings, read_config, read_value, recipe,
-                                  say_kinds)
+from .config import (RECIPES, Config, format_config, kinds_of, merge_settings, read_config, read_value,
+                                  recipe, say_kinds)
 
 # %% ../../nbs/72_run.cli.ipynb #8c7da362
 if __name__=='__main__':
@@ -47,14 +45,14 @@ def command_words(
     path:str='--path', # What the command calls `path`
 ) -> str: # One line
     "Say an error in the words of a command."
-    flags = {o:'--'+o.replace('_', '-') for o in (*(f.name for f in fields(Config)), 'resume', 'recipe')}
+    flags = {o:'--'+o.replace('_', '-') for o in (*(f.name for f in fields(Config)), 'resume', 'recipe', 'overwrite')}
     flags |= dict(path=path, data='data')
     names = '|'.join(flags)
     def given(m): # As pretrained=False
         if m[2]=='True': return flags[m[1]]
         return flags[m[1]].replace('--', '--no-') if m[2]=='False' else f"{flags[m[1]]} {m[2] or m[3]}"
     text = re.sub(r'Exception occured in `\w+` when calling event `\w+`:', '', str(text))
-    text = re.sub(rf"\b({names})=(?:(True|False|[\d.]+)|'([^']*)')", lambda m: given(m), text)
+    text = re.sub(rf"\b({names})=(?:(True|False|[\d.]+)|'([^']*)')", given, text)
     return ' '.join(re.sub(rf'`({names})`', lambda m: f'`{flags[m[1]]}`', text).split())
 
 # %% ../../nbs/72_run.cli.ipynb #7a67c58a
@@ -63,7 +61,7 @@ def one_line_errors(
     debug:bool=False, # Show the traceback?
     interrupted=lambda: "", # Makes the sentence that says, after Ctrl-C, what is left
 ):
-    "In a command, make one line of what the user can mend (exit code 2), of a diverged training (1) and of Ctrl-C (130)."
+    "In a command, make one line of what the user can mend (exit code 2), a diverged training (1) and Ctrl-C (130)."
     if in_command(): warnings.filterwarnings('ignore', category=FutureWarning)
     try: yield
     except KeyboardInterrupt:
@@ -76,8 +74,8 @@ def one_line_errors(
     except (ValueError, OSError, ImportError, FloatingPointError) as e:
         if debug or not in_command(): raise
         diverged = isinstance(e, FloatingPointError) # What may befall any one of several processes
-        words = command_words(e, '--path' if is_cli(train) else '--path-of')
-        if diverged or os.environ.get('LOCAL_RANK', '0')=='0': print(f"Error: {words}", file=sys.stderr)
+        if diverged or os.environ.get('LOCAL_RANK', '0')=='0':
+            print(f"Error: {command_words(e, '--path' if is_cli(train) else '--path-of')}", file=sys.stderr)
         raise SystemExit(1 if diverged else 2) from None
 
 # %% ../../nbs/72_run.cli.ipynb #01c074b6
@@ -110,9 +108,10 @@ def read_times(
 ) -> dict: # How often the images of a class come, by class
     "Read CLASS=TIMES pairs; class names may hold blanks."
     pairs = [[o.strip() for o in part.rpartition('=')] for part in text.split(',')]
-    if all(name and equals and times.isdigit() for name,equals,times in pairs): return {name:int(times) for name,_,times in pairs}
-    raise ValueError("`--resample` must be CLASS=TIMES with a whole number, 'motorcycle=2' say, several with commas between, "
-                     f"got {text!r}")
+    if all(name and equals and times.isdigit() for name,equals,times in pairs):
+        return {name:int(times) for name,_,times in pairs}
+    raise ValueError("`--resample` must be CLASS=TIMES with a whole number, 'motorcycle=2' say, several with commas "
+                     f"between, got {text!r}")
 
 # %% ../../nbs/72_run.cli.ipynb #c4012297
 _LOSS_KINDS = dict(gamma=float, alpha=float|None, dice_weight=float, per_image=bool, thresh=float, min_kept=float)
@@ -127,8 +126,8 @@ def takers(
     from dropclass.run.experiment import data_parameters
     other = dict(plain=lambda: None, ignore_label=IgnoreLabelCallback, fade_weights=FadeWeightsCallback)
     by = lambda f: {o:f for o in inspect.signature(f).parameters}
-    return dict(data_options=data_parameters(SimpleNamespace(**settings)), paste=by(ClassPasteCallback), erase=by(EraseClassCallback),
-                dropclass=by(other.get(settings['method'], DropClassCallback)))
+    return dict(data_options=data_parameters(SimpleNamespace(**settings)), paste=by(ClassPasteCallback),
+                erase=by(EraseClassCallback), dropclass=by(other.get(settings['method'], DropClassCallback)))
 
 def annotation_of(
     function, # A function or class
@@ -140,22 +139,29 @@ def annotation_of(
     if found.annotation is not found.empty: return found.annotation
     return type(found.default) if isinstance(found.default, (bool,int,float,tuple)) else None
 
+def option_kinds(
+    settings:dict, # Fields of `Config`
+) -> dict: # Field with options -> option -> what it may be
+    "Find out what the options of a run may be."
+    from dropclass.analysis.ablations import ABLATIONS
+    kinds = {k:{o:annotation_of(f, o) for o,f in known.items()} for k,known in takers(settings).items()}
+    chosen = {k:type(next(iter(o))) for k,o in ABLATIONS.items()} | dict(draw=str|list, both_paths=bool)
+    if settings['method'] in ('dropclass','no_drop'): kinds['dropclass'] = {**chosen, **kinds['dropclass']}
+    return {**kinds, 'loss_options':_LOSS_KINDS}
+
 # %% ../../nbs/72_run.cli.ipynb #efebf26d
 def typed_options(
     given:dict, # Fields of `Config`, options as text
     base:dict, # Those that hold where none is given
 ) -> dict: # The same with values
     "Read the options that are still text."
-    texts = {k:v for k,v in given.items() if isinstance(v, str) and k in ('data_options','dropclass','paste','erase','loss_options')}
-    found = {k:v for k,v in given.items() if k not in texts}
+    found = dict(given)
     if isinstance(found.get('resample'), str): found['resample'] = read_times(found['resample'])
     if isinstance(found.get('size'), str): found['size'] = read_size(found['size'])
+    texts = [k for k in ('data_options','dropclass','paste','erase','loss_options') if isinstance(found.get(k), str)]
     if not texts: return found
-    known = takers({**asdict(Config()), **base, **found})
-    for k,text in texts.items():
-        kinds = {o:annotation_of(f, o) for o,f in known.get(k, {}).items()} if k!='loss_options' else _LOSS_KINDS
-        found[k] = read_options(text, '--'+k.replace('_', '-'), kinds)
-    return found
+    kinds = option_kinds({**asdict(Config()), **base, **{k:v for k,v in found.items() if k not in texts}})
+    return {**found, **{k:read_options(found[k], '--'+k.replace('_', '-'), kinds[k]) for k in texts}}
 
 # %% ../../nbs/72_run.cli.ipynb #5474eb75
 def without_suppression(
@@ -163,22 +169,24 @@ def without_suppression(
 ) -> dict: # The same with alpha 0
     "Switch the suppression off."
     if options.get('alpha', 0)==0: return {**options, 'alpha':0.}
-    raise ValueError(f"`--no-suppression` is alpha=0, but `--dropclass` says alpha={options['alpha']}: leave out one of them")
+    raise ValueError(f"`--no-suppression` is alpha=0, but `--dropclass` says alpha={options['alpha']}: "
+                     "leave out one of them")
 
 def check_used(
     given:dict, # Settings that were given
     config:Config, # The run that came of them
 ):
     "Refuse a setting that would be ignored."
-    for name,used,when in (('temperature', config.sampling=='rare_class', "`sampling='rare_class'`"),
-                           ('path', config.data!='scenes', 'a data set of files, scenes are generated')):
-        if name in given and not used: raise ValueError(f"`{name}` is for {when}: leave it out")
+    if 'temperature' in given and config.sampling!='rare_class':
+        raise ValueError("`temperature` is for `sampling='rare_class'`: leave it out")
+    if 'path' in given and config.data=='scenes':
+        raise ValueError("`path` is for a data set of files, scenes are generated: leave it out")
     if config.method=='no_drop' and given.get('dropclass', {}).get('alpha'):
         raise ValueError("`method='no_drop'` has no suppression, so alpha would be ignored: leave it out")
 
 # %% ../../nbs/72_run.cli.ipynb #ef1458b2
 def make_config(
-    options:dict, # Fields of `Config` that were given, options as text or read; None stands for not given; `recipe` names one to start from
+    options:dict, # Fields of `Config`, as text or read, None where not given; `recipe` names one to start from
     saved:Config|None=None, # Configuration to start from, when a run is resumed
 ) -> Config: # The run
     "Fill a configuration with the options that were given."
@@ -197,23 +205,29 @@ def make_config(
     return folder_config(config) if config.data=='folder' and not (saved and 'path' not in given) else config
 
 # %% ../../nbs/72_run.cli.ipynb #6caae63d
+def _class_names(names):
+    "Class names, from a file or as they are."
+    from dropclass.data.core import read_lines
+    if not isinstance(names, str): return names
+    if Path(names).is_file(): return read_lines(names)
+    raise FileNotFoundError(f"There is no file {names}: write the class names into it, one a line, "
+                            "in the order of the labels")
+
 def folder_config(
     config:Config, # For a folder of images and masks
 ) -> Config: # The same with `images`, `masks` and `classes.txt` of the folder filled in
     "Find images, masks and class names in a folder."
-    from dropclass.data.core import read_lines
     if config.path is None:
-        raise ValueError("`folder` needs `--path`: a folder that holds `images`, `masks` and `classes.txt`, with one class name a line")
+        raise ValueError("`folder` needs `--path`: a folder that holds `images`, `masks` and `classes.txt`, "
+                         "with one class name a line")
     path = Path(config.path)
-    if not path.is_dir(): raise FileNotFoundError(f"There is no folder {path}: `--path` must hold `images`, `masks` and `classes.txt`")
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no folder {path}: `--path` must hold `images`, `masks` and `classes.txt`")
     inside = lambda o: str(path/o) if isinstance(o, str) and not Path(o).exists() and (path/o).exists() else o
     options = {k:inside(v) if k in ('masks','names','valid') else v for k,v in config.data_options.items()}
-    names = options.get('names', str(path/'classes.txt'))
-    if isinstance(names, str):
-        if not Path(names).is_file(): raise FileNotFoundError(f"There is no file {names}: write the class names into it, one a line, in the order of the labels")
-        names = read_lines(names)
+    options = {'masks':str(path/'masks'), 'names':str(path/'classes.txt'), **options}
     images = path/'images' if (path/'images').is_dir() else path
-    return replace(config, path=str(images), data_options={'masks':str(path/'masks'), **options, 'names':names})
+    return replace(config, path=str(images), data_options={**options, 'names':_class_names(options['names'])})
 
 # %% ../../nbs/72_run.cli.ipynb #fc2c31bb
 def default_folder(
@@ -233,12 +247,14 @@ def _report(run):
     for test in [o for o in run.metrics['tests'] if o!='valid']:
         means = comparison(run, test).iloc[-2:,-1]
         print(f"On the {test} test set: mIoU {means['mIoU']:.1f}, rare mIoU {means['rare mIoU']:.1f}")
-    print(f"\nImages, truth and prediction: {run.folder/'examples.png'}\nTo compare: dropclass-compare {run.folder} OTHER_RUN", flush=True)
+    print(f"\nImages, truth and prediction: {run.folder/'examples.png'}\n"
+          f"To compare: dropclass-compare {run.folder} OTHER_RUN", flush=True)
 
 def _after_interrupt(out):
     "Say what an interrupted run left behind."
-    if (Path(out)/'checkpoint.pt').is_file(): return f"The last finished epoch is kept; go on with: dropclass-train --resume --out {out}"
-    return "No epoch was finished, so nothing is left to continue."
+    if out is None: return ''
+    if not (out/'checkpoint.pt').is_file(): return "No epoch was finished, so nothing is left to continue."
+    return f"The last finished epoch is kept; go on with: dropclass-train --resume --out {out}"
 
 def _terminal_bar():
     "A callback that draws one line of progress, over and over."
@@ -247,10 +263,11 @@ def _terminal_bar():
         order = 100
         def before_epoch(self): self.shown = 0.
         def after_batch(self):
-            now,steps = time.monotonic(),len(self.dl)
-            if now-self.shown<.1 and self.iter+1<steps: return
-            self.shown,full = now,24*(self.iter+1)//steps
-            print(f"\repoch {self.epoch+1:3d}/{self.n_epoch}  [{'#'*full}{'.'*(24-full)}] {self.iter+1}/{steps} {'training  ' if self.training else 'validating'}  ", end='', flush=True)
+            now,done,steps = time.monotonic(),self.iter+1,len(self.dl)
+            if now-self.shown<.1 and done<steps: return
+            self.shown,full = now,24*done//steps
+            print(f"\repoch {self.epoch+1:3d}/{self.n_epoch}  [{'#'*full}{'.'*(24-full)}] {done}/{steps} "
+                  f"{'training  ' if self.training else 'validating'}  ", end='', flush=True)
     return TerminalBar()
 
 # %% ../../nbs/72_run.cli.ipynb #6e225fff
@@ -262,18 +279,21 @@ def train_command(
     debug:bool=False, # Show the traceback of an error?
 ): # `Run`; None on all processes but the first
     "Train by options, and report."
-    target = [None]
-    with one_line_errors(debug, lambda: _after_interrupt(target[0]) if target[0] else ''), ExitStack() as stack:
+    ours = None # The folder, once it is known to be no other run's
+    with one_line_errors(debug, lambda: _after_interrupt(ours)), ExitStack() as stack:
         from dropclass.run.experiment import train_run
         from dropclass.ranks import from_first, is_first, joined, num_ranks
         stack.enter_context(joined())
         config = from_first(lambda: make_config(options, read_config(out) if resume and out else None))
         out = Path(out or default_folder(config))
-        if is_first() and (resume or not (out.is_dir() and any(out.iterdir()))): target[0] = out # Else another run's: not to be touched
+        if is_first() and (resume or not (out.is_dir() and any(out.iterdir()))): ours = out
         say = partial(print, flush=True) if is_first() else lambda o: None
-        say(f"{'Resuming' if resume else 'Training'} {config.method} on {config.data}: {config.arch}, {config.epochs} epochs, seed {config.seed}{f', {num_ranks()} processes' if num_ranks()>1 else ''}, into {out}")
+        ranks = f", {num_ranks()} processes" if num_ranks()>1 else ""
+        say(f"{'Resuming' if resume else 'Training'} {config.method} on {config.data}: {config.arch}, "
+            f"{config.epochs} epochs, seed {config.seed}{ranks}, into {out}")
         bar = not quiet and sys.stdout.isatty() and is_first()
-        run = train_run(config, out, resume, progress=False, write=lambda o: say(f'\r{o:<79}' if bar else o), cbs=[_terminal_bar()] if bar else [])
+        run = train_run(config, out, resume, progress=False, write=lambda o: say(f'\r{o:<79}' if bar else o),
+                        cbs=[_terminal_bar()] if bar else [])
         if run: _report(run)
         return run
 
@@ -287,13 +307,15 @@ def show_recipes(
         print(f"Recipe {name}\n{format_config(config)}\n", flush=True)
 
 # %% ../../nbs/72_run.cli.ipynb #b71096c2
-_EXAMPLES = dict(colors='[(128,64,128),(0,0,142)]', never_drop='sky,road', never='sky,road', lam='hold:0.8', drop_prob='0.5', p='fall:0.5')
+_EXAMPLES = dict(colors='[(128,64,128),(0,0,142)]', never_drop='sky,road', never='sky,road', lam='hold:0.8',
+                 drop_prob='0.5', p='fall:0.5')
 
 def written(
     value, # A value
 ) -> str: # 'yes', '0.5:2.1', 'train,val'
     "Write a value as an option takes it."
-    if value is None or value==() or callable(value): return 'none' if value is None or value==() else 'linear'
+    if value is None or value==(): return 'none'
+    if callable(value): return 'linear'
     if isinstance(value, bool): return 'yes' if value else 'no'
     if not isinstance(value, (tuple,list)): return str(value)
     return (',' if any(isinstance(o, str) for o in value) else ':').join(map(str, value))
@@ -311,17 +333,19 @@ def example_of(
     return {int:'4', tuple:'192x256', list:'[road,car]', dict:'{7:0,24:1}'}.get(kinds[0] if kinds else None, '0.5')
 
 # %% ../../nbs/72_run.cli.ipynb #2a484a3a
+_LEFT_OUT = ('bs','path','images','train_ds','valid_ds','spec','dl_type','stats','device','pixel_counts','probe')
+
 def show_options(
     settings:dict, # Fields of `Config`: data set and method count
 ):
     "Print the options of a data set, of a method and of pasted classes."
-    left_out = ('bs','path','images','train_ds','valid_ds','spec','dl_type','stats','device','pixel_counts','probe')
     for field,known in takers({**asdict(Config()), **settings}).items():
         print(f"--{field.replace('_', '-')} KEY=VALUE,...")
         for name,f in known.items():
             comment,default = docments(f).get(name),inspect.signature(f).parameters[name].default
-            if name in left_out or not comment or not f.__module__.startswith('dropclass'): continue
-            kind,example = annotation_of(f, name),_EXAMPLES.get(name) or example_of(annotation_of(f, name), default, comment)
+            if name in _LEFT_OUT or not comment or not f.__module__.startswith('dropclass'): continue
+            kind = annotation_of(f, name)
+            example = _EXAMPLES.get(name) or example_of(kind, default, comment)
             usual = 'needed' if default is inspect.Parameter.empty else f'default {written(default)}'
             print(f"  {name}={example}  [{say_kinds(kind, short=True)}; {usual}]\n      {comment}")
         print()
@@ -329,12 +353,13 @@ def show_options(
 # %% ../../nbs/72_run.cli.ipynb #c3deaa5e
 def _as_option(field, comment):
     "A field of `Config` as a parameter of a command."
-    kind = kinds_of(field.type)[0]
-    extra = {bool:dict(action=BooleanOptionalAction), dict:dict(metavar='KEY=VALUE,...'), tuple:dict(metavar='HxW')}.get(kind, {})
+    kind,default = kinds_of(field.type)[0],field.default
     takes = {bool:None, int:int, float:float}.get(kind, str)
-    default = ('yes' if field.default else 'no') if kind is bool else field.default
-    text = ' '.join(comment.split())+('' if default in (None,MISSING) else f' ({default})')
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[takes, text, extra])
+    extra = {bool:dict(action=BooleanOptionalAction), dict:dict(metavar='KEY=VALUE,...'), tuple:dict(metavar='HxW')}
+    usual = written(default) if kind is bool else default
+    text = ' '.join(comment.split())+('' if default in (None,MISSING) else f' ({usual})')
+    told = Annotated[takes, text, extra.get(kind, {})]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=told)
 
 def takes_settings(
     command, # A function whose first parameter is `data` and whose last is `**settings`
@@ -353,9 +378,10 @@ def train(
     data:str=None, # Data set: scenes, camvid, cityscapes, voc, ade20k, or folder: images and masks of your own (scenes)
     *,
     no_suppression:bool=False, # DropClass without its suppression loss, as --dropclass alpha=0
-    recipe:str=None, # Published settings that options replace: cityscapes_hrnet_v1, cityscapes_hrnet_v2, cityscapes_deeplabv3
+    # Published settings that options replace: cityscapes_hrnet_v1, cityscapes_hrnet_v2, cityscapes_deeplabv3
+    recipe:str=None,
     list_recipes:bool=False, # Print the recipes in full, and stop
-    list_options:bool=False, # Print the options of the data set and the method, with type, default and example, and stop
+    list_options:bool=False, # Print the options of data set and method, with type, default and example, and stop
     out:Path=None, # Folder of the run (runs/DATA-METHOD-ARCH-sSEED)
     resume:bool=False, # Continue an interrupted run; with --out alone its own options hold
     quiet:bool=False, # No progress bar
@@ -373,7 +399,8 @@ def train(
 # %% ../../nbs/72_run.cli.ipynb #144c7ede
 @call_parse
 def compare(
-    *runs:Annotated[Path, {'nargs':'+'}], # Run folders; differences are to the first. Of three or more, those that differ only in the seed are taken together
+    # Run folders; differences are to the first. Of three or more, those that differ only in the seed are taken together
+    *runs:Annotated[Path, {'nargs':'+'}],
     test:str='valid', # Test set: valid, or unbiased for scenes
     path_of:str=None, # Path to read: plain, drop or mean (the one that predicts, per run)
     by_run:bool=False, # A column per run, also where several runs differ only in the seed
@@ -419,29 +446,36 @@ def predict(
 def audit(
     *runs:Annotated[Path, {'nargs':'*'}], # One or two run folders; two are set side by side
     model:str=None, # Weights of a network instead, .safetensors or .pth; two with a comma between
-    arch:str=None, # Its architecture: small, torchvision:NAME, timm:NAME, smp:ARCH:ENCODER ...; two with a comma between
-    data:Path=None, # Folder with images, masks and classes.txt, or a copy of CamVid; `scenes` generates streets (the run's own)
+    arch:str=None, # Its architecture: small, torchvision:NAME, timm:NAME, smp:ARCH:ENCODER ...; two: a comma between
+    # Folder with images, masks and classes.txt, or a copy of CamVid; `scenes` generates streets (the run's own)
+    data:Path=None,
     classes:Path=None, # File with the class names, one a line (classes.txt of the folder)
-    size:str=None, # Height x width to bring the folder's images to, such as 192x256 (the run's; without one the data set's own)
+    # Height x width to bring the folder's images to, such as 192x256 (the run's; without one the data set's own)
+    size:str=None,
     test:str='valid', # Test set of a run: valid, or unbiased for scenes
     path_of:str=None, # Path of a run: plain, drop or mean (the one that predicts)
     fill:str='mean', # What erased pixels become: mean, noise, blur or inpaint
     max_images:int=None, # Look at so many images; the report says so (all)
     out:Path=None, # Folder for report.html, .md and .json, or one file ending so (audit-NAME)
+    overwrite:bool=False, # Replace a report that is there
     device:str=None, # Where to compute: cpu, cuda, cuda:1 ... (a GPU where there is one)
     quiet:bool=False, # No progress bar
     debug:bool=False, # Show the traceback of an error
 ):
     "Report what a trained network leans on, mixes up and misses."
     with one_line_errors(debug, lambda: "Nothing was written."):
-        from dropclass.analysis.audit import audit_summary, check_report
+        from dropclass.analysis.audit import audit_summary, check_report, printable
         from dropclass.run.audit import audit_files
-        if out: check_report(out)
         split = lambda text: [o for o in (text or '').split(',') if o]
-        found = audit_files(runs, split(model), split(arch), data, classes, read_size(size), path_of, device, test=test, fill=fill, max_images=max_images, progress=not quiet and sys.stdout.isatty())
-        files = found.report(out or Path('audit-'+'-'.join(o.label for o in found.networks)))
+        named = [*(Path(o).resolve().name for o in runs), *(Path(o).stem for o in split(model))]
+        out = out or Path('audit-'+'-'.join(named))
+        check_report(out, overwrite)
+        found = audit_files(runs, split(model), split(arch), data, classes, read_size(size), path_of, device, test=test,
+                            fill=fill, max_images=max_images, progress=not quiet and sys.stdout.isatty())
+        files = found.report(out, overwrite)
         if found.cut_short: print(f"Cut short: looked at {found.images} of {found.total} images.")
-        print('\n'.join([*audit_summary(found), f"\nWritten: {files[0]}"+(f", and the same as {files[1].name} and JSON beside it" if len(files)>3 else '')]))
+        also = f", and the same as {files[1].name} and JSON beside it" if len(files)>3 else ''
+        print(printable('\n'.join([*audit_summary(found), f"\nWritten: {files[0]}{also}"])))
         return files
 
 # %% ../../nbs/72_run.cli.ipynb #5b424849
@@ -462,139 +496,20 @@ def tune(
     with one_line_errors(debug, lambda: "Nothing was written."):
         from dropclass.run.experiment import load_run
         from dropclass.run.tune import save_tuning, tune_file, tune_run
-        if (run is None)==(model is None): raise ValueError("Give a run's folder, or --model with --arch and --data: one of the two")
+        if (run is None)==(model is None):
+            raise ValueError("Give a run's folder, or --model with --arch and --data: one of the two")
         if run is not None:
             opened = load_run(run)
             found,names,out = tune_run(opened, on, metric),list(opened.spec.names),run
+        elif arch is None or data is None:
+            raise ValueError("--model needs --arch, its architecture, and --data, labelled images")
         else:
-            if arch is None or data is None: raise ValueError("--model needs --arch, its architecture, and --data, labelled images")
             given = None if weights is None else [float(o) for o in weights.split(',')]
             found,names = tune_file(model, arch, data, given, read_size(size), metric)
         files = save_tuning(found, out or Path('tuning'), names)
-        print(f"{found}\n\n{found.table().round(1).to_string()}\n\n{found.classes(names).round(1).to_string()}\n\nWritten: {files[0]}, {files[1].name}")
+        tables = '\n\n'.join(o.round(1).to_string() for o in (found.table(), found.classes(names)))
+        print(f"{found}\n\n{tables}\n\nWritten: {files[0]}, {files[1].name}")
         return files
-
-# %% ../../nbs/72_run.cli.ipynb #b89aa1f8
-def demo_configs(
-    epochs:int, # Epochs of each run
-    n_train:int, # Training scenes
-    n_test:int, # Scenes in each of the two test sets
-    size:tuple, # Height and width in pixels
-    seed:int, # Seed of all runs
-    alpha:float=1., # Weight of DropClass's suppression
-) -> dict: # Fields of `Config` by method
-    "Describe the three runs of the demo."
-    shared = dict(data='scenes', arch='small', epochs=epochs, bs=min(8, n_train), size=size, seed=seed, threads=1, optimizer='adamw', lr=3e-3,
-                  data_options=dict(n_train=n_train, n_valid=n_test, scale=(.75, 1.5)))
-    return {'plain':{**shared, 'method':'plain'}, 'dropclass':{**shared, 'method':'dropclass', 'dropclass':dict(both_paths=False, alpha=alpha)},
-            'fade_weights':{**shared, 'method':'fade_weights', 'weights':'median'}}
-
-# %% ../../nbs/72_run.cli.ipynb #e698bc75
-def _demo_worker():
-    "Train one run of the demo; the arguments are a configuration and a folder."
-    warnings.filterwarnings('ignore')
-    from dropclass.run.experiment import clear_unstarted, hold_folder, train_run
-    out = Path(sys.argv[2])
-    resume = (out/'checkpoint.pt').is_file()
-    with hold_folder(out):
-        if not resume: clear_unstarted(out, remove=False)
-    try: train_run(make_config(json.loads(sys.argv[1])), out, resume, progress=False, write=lambda o: print(o, flush=True))
-    except KeyboardInterrupt: raise SystemExit(130) from None
-
-def _start(config, out):
-    "Start one run in a process of its own, with one thread; what it prints goes to a log."
-    env = {**os.environ, 'OMP_NUM_THREADS':'1', 'MKL_NUM_THREADS':'1', 'PYTHONUNBUFFERED':'1'}
-    out.with_suffix('.log').unlink(missing_ok=True) # A link there must not lead elsewhere
-    with open(out.with_suffix('.log'), 'x') as log:
-        return subprocess.Popen([sys.executable, '-c', 'from dropclass.run.cli import _demo_worker; _demo_worker()', json.dumps(config), str(out)],
-                                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env)
-
-def _is_done(config, out):
-    "Does the folder hold this very run, finished?"
-    try: saved,finished = json.loads((out/'config.json').read_text()),json.loads((out/'metrics.json').read_text())['finished']
-    except (OSError, ValueError): return False
-    return finished and all(saved.get(k)==v for k,v in json.loads(json.dumps(config)).items())
-
-def _last_epoch(out):
-    "Epochs done, and mIoU after the last one."
-    try: lines = (out/'history.csv').read_text().splitlines()
-    except FileNotFoundError: return 0,float('nan')
-    row = dict(zip(lines[0].split(','), lines[-1].split(',')))
-    return int(float(row['epoch']))+1,100*float(row['miou'])
-
-def _log_end(out):
-    "The last line of a log."
-    lines = out.with_suffix('.log').read_text(errors='replace').strip().splitlines()
-    return lines[-1] if lines else 'it was killed'
-
-# %% ../../nbs/72_run.cli.ipynb #60117a07
-def train_side_by_side(
-    configs:dict, # Fields of `Config` by name; all with the same number of epochs
-    folder:Path, # Folder that holds one run folder per name; finished and interrupted runs in it are continued
-    write=print, # Takes a line of text
-    steps:int=20, # How many lines to print
-) -> dict: # Run folder by name
-    "Train several runs at the same time, in processes of their own."
-    folder = Path(folder)
-    outs,epochs,start,shown = {k:folder/k for k in configs},next(iter(configs.values()))['epochs'],time.monotonic(),0
-    for o in outs.values():
-        try: o.mkdir(parents=True, exist_ok=True)
-        except OSError as e: raise OSError(f"Cannot make the folder {o} ({e.strerror}): choose one that can be written to") from e
-    jobs = {k:_start(configs[k], outs[k]) for k in configs if not _is_done(configs[k], outs[k])}
-    try:
-        while True:
-            running = [k for k,p in jobs.items() if p.poll() is None]
-            for k,p in jobs.items():
-                if p.poll(): raise OSError(f"Training {k} failed: {_log_end(outs[k])}; all of it is in {outs[k].with_suffix('.log')}")
-            done = {k:_last_epoch(o) for k,o in outs.items()}
-            least = min(n for n,_ in done.values())
-            if least*steps//epochs>shown:
-                shown,seconds = least*steps//epochs,time.monotonic()-start
-                write(f"{seconds:4.0f} s   "+"   ".join(f"{k} epoch {n}/{epochs} mIoU {v:.1f}" for k,(n,v) in done.items()))
-            if not running: return outs
-            time.sleep(.2)
-    finally:
-        for p in jobs.values():
-            if p.poll() is None: p.terminate()
-        for p in jobs.values(): p.wait()
-
-# %% ../../nbs/72_run.cli.ipynb #659bcdba
-def demo_verdict(
-    biased, # `comparison` of plain, dropclass and fade_weights in the biased world
-    unbiased, # The same in the unbiased world
-) -> str: # A few sentences
-    "Say what the demo shows."
-    points = lambda df, arm: df[f'difference {arm}'][['mIoU','rare mIoU']].round(1)+0. # No minus zero
-    (outside,rare),inside = points(unbiased, 'dropclass'),points(biased, 'dropclass')['mIoU']
-    found = f"{outside:+.1f} points of mIoU and {rare:+.1f} on the rare classes"
-    if min(outside, rare)>=2: text = f"Out of context DropClass is ahead of plain training in this run: {found}."
-    elif max(outside, rare)<=-2: text = f"Out of context DropClass is behind plain training in this run: {found}."
-    else: text = f"DropClass shows no clear gain or loss out of context: {found}."
-    if inside>=2: text += f" In the world it was trained in it is ahead, by {inside:.1f} points."
-    elif inside<=-2: text += f" In the world it was trained in it is behind, by {-inside:.1f} points."
-    else: text += f" In the world it was trained in the two are close ({inside:+.1f})."
-    worlds = zip(('in their own world','out of context'), (points(o, 'fade_weights') for o in (biased, unbiased)))
-    return (text+" The third run, plain training and the only one with class weights, which fade: "+"; ".join(f"{world} {a:+.1f} points of mIoU and {b:+.1f} on the rare classes" for world,(a,b) in worlds)+
-            ". This is one seed; another (--seed 1) moves such figures by a point or so, on rare classes by more.")
-
-# %% ../../nbs/72_run.cli.ipynb #3821aaba
-def _show_demo(runs, out):
-    "Print and draw what the demo found."
-    from dropclass.run.compare import comparison, read_run, save_comparison, show_comparison
-    from dropclass.run.tuned import tuned_text
-    tables = {}
-    for test,title in (('valid',"In the biased world, where things stand where they belong"), ('unbiased',"In the unbiased world, where they stand anywhere")):
-        print(f"\n== {title} ==\n")
-        tables[test] = show_comparison(runs, test)
-        print(f"\n{tuned_text(runs, test)}")
-        save_comparison(tables[test], out/f"{'biased' if test=='valid' else test}.png")
-    print("\n== The paths of the DropClass run (mIoU, rare mIoU) ==\n")
-    run = read_run(runs[1])
-    for path in run.metrics['tests']['valid']:
-        cells = [comparison(run, test, path).iloc[-2:,-1] for test in tables]
-        print(f"{path:<6} biased {cells[0].iloc[0]:.1f}, {cells[0].iloc[1]:.1f}   unbiased {cells[1].iloc[0]:.1f}, {cells[1].iloc[1]:.1f}{'   (predicts)' if path==run.metrics['predicts'] else ''}")
-    print(f"\n{demo_verdict(tables['valid'], tables['unbiased'])}\n\nPictures: {out/'biased.png'}, {out/'unbiased.png'}; images and predictions: {', '.join(str(o/'examples.png') for o in runs)}", flush=True)
-    return tables
 
 # %% ../../nbs/72_run.cli.ipynb #f749fa2f
 @call_parse
@@ -608,16 +523,16 @@ def demo(
     out:Path=None, # Folder of the demo (runs/demo-...); finished runs in it are not trained again
     debug:bool=False, # Show the traceback of an error
 ):
-    "Train plain, with DropClass and with class weights that fade, on generated street scenes, side by side, and compare them."
+    "Train plain, with DropClass and with class weights that fade, on generated scenes, side by side, and compare them."
     with one_line_errors(debug, lambda: "Finished epochs are kept; the same command goes on from there."):
-        from dropclass.data.scenes import check_scene_size
-        from dropclass.run.experiment import make_method
+        from dropclass.run.demo import check_demo, demo_configs, show_demo, train_side_by_side
         if epochs<1: raise ValueError(f"`--epochs` must be 1 or more, got {epochs}")
         out = Path(out or f'runs/demo-n{n_train}-e{epochs}-{size}-a{alpha:g}-s{seed}')
         configs = demo_configs(epochs, n_train, n_test, read_size(size), seed, alpha)
-        for o in configs.values(): make_method(make_config(o)) # Fails before anything is started, if at all
-        check_scene_size(read_size(size))
-        print(f"Plain, DropClass, and plain with class weights that fade: {n_train} biased street scenes of {size} pixels, {epochs} epochs each, side by side; into {out}\n"
-              f"The regime: few images and long training, where plain networks overfit to the usual context; suppression weight alpha {alpha:g}.\n", flush=True)
-        outs = train_side_by_side(configs, out, write=lambda o: print(o, flush=True))
-        return _show_demo(list(outs.values()), out)
+        check_demo(configs) # Fails before anything is started, if at all
+        print(f"Plain, DropClass, and plain with class weights that fade: {n_train} biased street scenes of {size} "
+              f"pixels, {epochs} epochs each, side by side; into {out}\n"
+              "The regime: few images and long training, where plain networks overfit to the usual context; "
+              f"suppression weight alpha {alpha:g}.\n", flush=True)
+        outs = train_side_by_side(configs, out, write=partial(print, flush=True))
+        return show_demo(list(outs.values()), out)

@@ -35,9 +35,8 @@ def read_run(
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no run folder {folder}: give what `--out` was in `dropclass-train`")
     config = read_json(folder/'config.json', "it is no run folder, `dropclass-train` makes one")
-    made = config.get('format')
-    if made!=1:
-        raise ValueError(f"{folder} has format {made!r}, this version of dropclass reads format 1: "
+    if config.get('format')!=1:
+        raise ValueError(f"{folder} has format {config.get('format')!r}, this version of dropclass reads format 1: "
                          "install the version that wrote it")
     metrics = read_metrics(folder)
     return RunFiles(folder, config, metrics, read_confusion(folder, metrics))
@@ -52,7 +51,7 @@ def _read_runs(runs):
 _default = lambda f: f.default_factory() if f.default is MISSING else f.default
 _LATER = {'processes':1, **{f.name:_default(f) for f in fields(Config)}} # For what runs of older versions did not write
 # Settings that may go into a name, in this order, and their usual values, which are not worth a word
-_NAMING = ('weights','loss','resample','sampling','paste','erase','arch','dropclass','seed','epochs','lr','size','bs')
+_NAMING = ('paste','erase','weights','loss','resample','sampling','arch','dropclass','seed','epochs','lr','size','bs')
 _USUAL = {o:_LATER[o] for o in ('weights','loss','resample','sampling','dropclass','paste','erase')}
 
 def _setting(config, k):
@@ -116,7 +115,8 @@ def check_comparable(
     for run in runs[1:]:
         for what,b in facts(run).items():
             if first[what]==b: continue
-            raise ValueError(f"{runs[0].folder} and {run.folder} have different {what}: {_where_differ(first[what], b)}. "
+            raise ValueError(f"{runs[0].folder} and {run.folder} have different {what}: "
+                             f"{_where_differ(first[what], b)}. "
                              "Compare runs of one data set, with one size and one set of data options")
 
 # %% ../../nbs/71_run.compare.ipynb #7d455824
@@ -184,7 +184,7 @@ def _signed(value):
 def _lines(table, left):
     "A table of texts as lines, with a name above its index, and a rule below the heads."
     table = table.map(' {}'.format).rename(columns=' {}'.format).set_axis([f'{o:<{len(left)}}' for o in table.index])
-    lines,heads = table.to_string().splitlines(),table.columns.nlevels
+    lines,heads = [o.rstrip() for o in table.to_string().splitlines()],table.columns.nlevels
     lines[heads-1] = left+lines[heads-1][len(left):]
     return [*lines[:heads], '-'*len(lines[0]), *lines[heads:]]
 
@@ -213,7 +213,7 @@ def show_comparison(
     test:str='valid', # Test set
     path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts
     by_run:bool=False, # A column for every run, also where several differ only in the seed?
-) -> pd.DataFrame: # What `comparison` gives; `compare_arms` where more than two runs hold one setting with several seeds
+) -> pd.DataFrame: # As of `comparison`; of `compare_arms` where more than two runs hold one setting with several seeds
     "Print a comparison, and in words what it shows."
     read = _read_runs(runs)
     if not by_run and len(read)>2 and len(group_arms(read))<len(read):
@@ -340,7 +340,8 @@ def group_arms(
         key = json.dumps({k:v for k,v in config.items() if k not in _NO_ARM}, sort_keys=True)
         arm,seed = arms.setdefault(key, {}),run.config.get('seed')
         if seed in arm:
-            raise ValueError(f"{arm[seed].folder} and {run.folder} have the same settings and seed {seed}: give one of them")
+            raise ValueError(f"{arm[seed].folder} and {run.folder} have the same settings and seed {seed}: "
+                             "give one of them")
         arm[seed] = run
     return list(arms.values())
 
@@ -349,7 +350,7 @@ def paired_difference(
     scores:pd.DataFrame, # A row per class, a column per seed
     first:pd.DataFrame, # The same of the arm that is compared with
     level:float=.95, # Share of such intervals that hold the true difference
-) -> pd.DataFrame: # Mean difference over common seeds, both ends of its interval (NaN for fewer than two), and their number
+) -> pd.DataFrame: # Mean difference over common seeds, both ends of its interval (NaN for one), and their number
     "Compare two arms seed by seed."
     from scipy.stats import ttest_rel
     common = [o for o in scores if o in first]
@@ -410,7 +411,8 @@ def _arm_sentence(df, label):
     "What an arm gains over the first."
     first,(mean,rare) = df.attrs['labels'][0],(df.loc[(label, o)] for o in ('mIoU','rare mIoU'))
     n = int(mean.pairs)
-    if not n: return f"{label} and {first} have no seed in common, so they are not compared: train them with the same seeds."
+    if not n:
+        return f"{label} and {first} have no seed in common, so they are not compared: train them with the same seeds."
     on_rare = f" and {_signed(rare.difference)} on the rare classes" if rare.pairs else ""
     seeds = f"{n} common seed{'s' if n>1 else ''}"
     text = f"{label} has {_signed(mean.difference)} points of mIoU{on_rare} against {first}, over {seeds}; "
@@ -433,7 +435,7 @@ def describe_arms(
 
 # %% ../../nbs/71_run.compare.ipynb #0d111e75
 def difference_text(
-    row, # `difference`, `low`, `high` and `pairs`, as `paired_difference` gives them; None where nothing can be compared
+    row, # `difference`, `low`, `high` and `pairs`, from `paired_difference`; None where nothing can be compared
 ) -> str: # +1.2* [+0.4, +2.0]; the star says that the interval leaves out 0
     "Write a difference with its interval, where there is one."
     if row is None or not row.get('pairs', 0)>0: return ''
@@ -499,7 +501,8 @@ def plot_arms(
     for k,label in enumerate(labels):
         part,at = df.loc[label],_places(len(first), k, n, .7)
         style = dict(fmt='o', ms=3.5, lw=1, color=_color(k) if k else '#777')
-        axs[0].errorbar(part['mean'], at, xerr=part['std'].fillna(0), label=f"{label} ({len(df.attrs['seeds'][label])})", **style)
+        name = f"{label} ({len(df.attrs['seeds'][label])})"
+        axs[0].errorbar(part['mean'], at, xerr=part['std'].fillna(0), label=name, **style)
         if k: axs[1].errorbar(part.difference, at, xerr=(part.high-part.low).fillna(0)/2, **style)
     axs[0].set_title(f"IoU in %, test set '{df.attrs['test']}'", fontsize=9)
     if n>1:

@@ -22,7 +22,8 @@ from typing import Union, get_args, get_origin
 
 # %% ../../nbs/69_run.config.ipynb #610a4a5f
 _FORMS = {bool:'yes or no', int:'a whole number', float:'a number', str:'a text', NoneType:'none',
-          dict:"pairs, '{7:0,24:1}'", list:"several values, '[a,b]' or 'a,b'", tuple:"several values, '192x256', '192:256' or '[a,b]'"}
+          dict:"pairs, '{7:0,24:1}'", list:"several values, '[a,b]' or 'a,b'",
+          tuple:"several values, '192x256', '192:256' or '[a,b]'"}
 
 def kinds_of(
     annotation, # A type, or a union of types
@@ -193,14 +194,11 @@ class Config:
     "What decides the result of a run."
     data:str='scenes' # Data set: scenes, camvid, cityscapes, voc, ade20k, or folder: images and masks of your own
     path:str|None=None # Folder of the data set; for folder it holds images, masks and classes.txt
-    # dropclass, plain, no_drop: the same block and ramp, but nothing is dropped, ignore_label: labels of a random class
-    # hidden, or fade_weights: class weights that fade out
+    # dropclass, plain, no_drop: the block alone, ignore_label: labels of a random class hidden, or fade_weights
     method:str='dropclass'
-    # Network: small, hrnet_v1_w18, hrnet_v2_w18, deeplabv3_mobilenetv3, timm:NAME for any encoder of timm, or
-    # unet:BACKBONE, as unet:resnet18
+    # Network: small, hrnet_v1_w18, hrnet_v2_w18, deeplabv3_mobilenetv3, timm:NAME (any encoder), unet:BACKBONE
     arch:str='small'
-    # Class weights of the loss: none, median for median-frequency balancing, segnet (CamVid) or hrnet (Cityscapes) as
-    # published
+    # Class weights of the loss: none, median (frequency balancing), or published: segnet (CamVid), hrnet (Cityscapes)
     weights:str='none'
     epochs:int=20 # Epochs of the whole run
     bs:int=8 # Images in a batch; of each process, if there are several
@@ -214,8 +212,7 @@ class Config:
     channels_last:bool=True # Keep channels last in memory? A third faster on most machines
     pretrained:bool=False # Start from ImageNet weights, which are downloaded?
     weights_file:str|None=None # Start from this file of encoder weights
-    # Processes that load images; 0 leaves it to the data set: none for images in memory, else one a core, at most 8
-    num_workers:int=0
+    num_workers:int=0 # Processes that load images; 0: none for images in memory, else one a core, at most 8
     threads:int=0 # CPU threads; 0 leaves PyTorch's choice
     dropclass:dict=field(default_factory=dict) # Options of the method: alpha=3,lam=hold:0.8,predict=plain
     # Options of the data set: crop=64x96,scale=0.5:2 for all, bias=0.95 for scenes; --list-options shows them
@@ -246,7 +243,8 @@ def without_folder(
 # %% ../../nbs/69_run.config.ipynb #4741b82f
 # In every hash; settings that came later only where they differ from their default
 _FIRST_FIELDS = ('data','method','arch','weights','epochs','bs','size','lr','optimizer','schedule','wd','seed',
-                 'precision','channels_last','pretrained','weights_file','num_workers','threads','dropclass','data_options')
+                 'precision','channels_last','pretrained','weights_file','num_workers','threads','dropclass',
+                 'data_options')
 
 def _first_meaning(config):
     "Options of the method as the first version wrote them: there no `alpha` was 10, and no `masked_weights` was True."
@@ -310,7 +308,8 @@ def read_metrics(
     folder:str|Path, # A run's folder
 ) -> dict: # What `metrics.json` holds
     "Read what a finished run measured."
-    path,unfinished = Path(folder)/'metrics.json',f"the run is not finished; go on with `dropclass-train --resume --out {folder}`"
+    path = Path(folder)/'metrics.json'
+    unfinished = f"the run is not finished; go on with `dropclass-train --resume --out {folder}`"
     found = read_json(path, unfinished)
     if not found.get('finished'): raise ValueError(f"{folder}: {unfinished}")
     wrong = [k for k,kind in _KINDS.items() if not isinstance(found.get(k), kind)]

@@ -308,7 +308,8 @@ def read_metrics(
     folder:str|Path, # A run's folder
 ) -> dict: # What `metrics.json` holds
     "Read what a finished run measured."
-    path,unfinished = Path(folder)/'metrics.json',f"the run is not finished; go on with `dropclass-train --resume --out {folder}`"
+    path = Path(folder)/'metrics.json'
+    unfinished = f"the run is not finished; go on with `dropclass-train --resume --out {folder}`"
     found = read_json(path, unfinished)
     if not found.get('finished'): raise ValueError(f"{folder}: {unfinished}")
     wrong = [k for k,kind in _KINDS.items() if not isinstance(found.get(k), kind)]

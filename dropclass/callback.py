@@ -43,7 +43,7 @@ class DropClassHistory(Callback):
         owner, # The `DropClassCallback` that it belongs to
     ):
         self.owner,self.rows,self.names,self.columns = owner,[],[],[]
-        self.head,self.answer,self.on = None,None,False # The head that validates, its answer, is it validation?
+        self.valid_head,self.answer,self.on = None,None,False # The head that validates, its answer, is it validation?
 
 # %% ../nbs/30_callback.ipynb #c0a10019
 def check_head_options(
@@ -477,7 +477,7 @@ def valid_losses(self:DropClassHistory) -> list: # Validation loss of the plain 
 @patch
 def drop_share(self:DropClassHistory) -> float: # 0 plain path, 1 drop path, 0.5 their mean
     "Say which path predicts, and so which one the metrics are about."
-    return {'plain':0., 'drop':1., 'mean':.5}[self.head.predicts] if self.head else 0.
+    return {'plain':0., 'drop':1., 'mean':.5}[self.valid_head.predicts] if self.valid_head else 0.
 
 # %% ../nbs/30_callback.ipynb #4053595f
 @patch
@@ -485,7 +485,7 @@ def before_fit(self:DropClassHistory):
     "Add the columns: metrics of the Learner for the time of the fit."
     if only_predicts(self.learn): return
     self.remove_columns()
-    self.valid_sums,self.names,self.head = [0., 0., 0.],self.owner.names,self.owner.drop_head
+    self.valid_sums,self.names,self.valid_head = [0., 0., 0.],self.owner.names,self.owner.drop_head
     column = lambda values,i,name: ValueMetric(lambda: values()[i], name)
     self.columns = [column(self.epoch_parts, i, f'{o}_loss') for i,o in enumerate(PARTS[:3])]
     if self.owner.both_paths:
@@ -518,7 +518,7 @@ def after_validate(self:DropClassHistory):
 @patch
 def compares(self:DropClassHistory) -> bool: # Is this a batch of a fit's validation?
     "Tell whether both paths are asked for."
-    return self.on and self.head is not None and not only_predicts(self.learn)
+    return self.on and self.valid_head is not None and not only_predicts(self.learn)
 
 @patch
 def path_losses(self:DropClassHistory,
@@ -534,7 +534,7 @@ def one_of(self:DropClassHistory,
     drop, # The same of the drop path
 ): # The one of the path that predicts; the mean if both do
     "Pick what belongs to the path that predicts."
-    return {'plain':plain, 'drop':drop}.get(self.head.predicts, (plain+drop)/2)
+    return {'plain':plain, 'drop':drop}.get(self.valid_head.predicts, (plain+drop)/2)
 
 @patch
 def stacked_answer(self:DropClassHistory):
@@ -561,21 +561,21 @@ def arm_both(self:DropClassHistory,
     small_only:bool, # Leave the logits small?
 ):
     "Ask for both paths, all classes kept."
-    self.head.arm(torch.ones(len(self.names)), in_eval=True, small_only=small_only)
+    self.valid_head.arm(torch.ones(len(self.names)), in_eval=True, small_only=small_only)
 
 @patch
 def take_both(self:DropClassHistory,
     resize:dict|None, # Options of the fused loss
 ) -> tuple|None: # Small logits of both paths; None where `pred` stacks them at full size
     "Take what the head has left, or run the model again where its tail is another one than in training."
-    answered,small = take_answer(self.head)
+    answered,small = take_answer(self.valid_head)
     self.owner.check_answer(answered)
     if small is None: return
     found = find_resize(small[0][:,:1], self.pred)
     if found is not None and found['align_corners']==resize['align_corners']: return small
     self.arm_both(False)
     self.learn.pred = self.model(*self.xb)
-    take_answer(self.head)
+    take_answer(self.valid_head)
 
 @patch
 def small_answer(self:DropClassHistory,
@@ -590,7 +590,7 @@ def small_answer(self:DropClassHistory,
     if not all(labels_do(o) for o in self.learn.metrics):
         self.learn.pred = F.interpolate(logits, size=size, mode='bilinear', align_corners=align)
         return
-    mixed = self.head.predicts=='mean'
+    mixed = self.valid_head.predicts=='mean'
     loss = loss_of(logits) if mixed else self.one_of(*losses)
     if not has_labels(self.loss_func, self.yb[0]): loss = torch.full_like(loss, math.nan) # As fastai has it
     self.answer = loss,resized_max(logits, size, align)[1],self.learn.yb
@@ -601,7 +601,7 @@ def small_answer(self:DropClassHistory,
 def before_batch(self:DropClassHistory):
     "Ask for both paths."
     if only_predicts(self.learn): return
-    self.head = get_head(self.learn.model) # A callback may validate another network, an average of weights say
+    self.valid_head = get_head(self.learn.model) # A callback may validate another network, an average of weights say
     if self.compares(): self.arm_both(self.valid_resize() is not None)
 
 @patch

@@ -58,6 +58,8 @@ def test_resuming_over_a_changed_default_says_what_changed(tmp_path):
     with pytest.raises(KeyboardInterrupt): train_run(replace(config, dropclass={'masked_weights':True}), tmp_path/'run', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
     written = json.loads((tmp_path/'run'/'config.json').read_text())
     (tmp_path/'run'/'config.json').write_text(json.dumps({**written, 'dropclass':{}})) # As it was written then
+    old = tmp_path/'run'/'checkpoint.pt'
+    torch.save({k:v for k,v in load_checkpoint(old).items() if k!='config'}, old)
     with pytest.raises(ValueError, match='a default has changed since.*masked_weights=True'): train_run(config, tmp_path/'run', resume=True, progress=False, write=lambda o: None)
     train_run(replace(config, dropclass={'masked_weights':True}), tmp_path/'run', resume=True, progress=False, write=lambda o: None)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from .config import Config, read_json, without_folder
+from .config import Config, read_confusion, read_json, read_metrics, without_folder
 
 # %% ../../nbs/71_run.compare.ipynb #a49d0564
 class RunFiles(NamedTuple):
@@ -35,14 +35,12 @@ def read_run(
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no run folder {folder}: give what `--out` was in `dropclass-train`")
     config = read_json(folder/'config.json', "it is no run folder, `dropclass-train` makes one")
-    if config.get('format')!=1:
-        raise ValueError(f"{folder} has format {config.get('format')!r}, this version of dropclass reads format 1: "
+    made = config.get('format')
+    if made!=1:
+        raise ValueError(f"{folder} has format {made!r}, this version of dropclass reads format 1: "
                          "install the version that wrote it")
-    unfinished = f"the run is not finished; go on with `dropclass-train --resume --out {folder}`"
-    metrics = read_json(folder/'metrics.json', unfinished)
-    if not metrics.get('finished'): raise ValueError(f"{folder}: {unfinished}")
-    confusion = read_json(folder/'confusion.json', "it is incomplete; train the run again")
-    return RunFiles(folder, config, metrics, confusion)
+    metrics = read_metrics(folder)
+    return RunFiles(folder, config, metrics, read_confusion(folder, metrics))
 
 def _read_runs(runs):
     "One run or several, read; there must be one."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'DATA', 'ON_CANVAS', 'WEIGHTS', 'RECIPES', 'kinds_of', 'say_kinds', 'read_value', 'check_type',
-           'check_config', 'check_together', 'Config', 'config_hash', 'read_json', 'read_config', 'merge_settings',
-           'recipe', 'format_config']
+           'check_config', 'check_together', 'Config', 'config_hash', 'read_json', 'read_config', 'read_metrics',
+           'read_confusion', 'merge_settings', 'recipe', 'format_config']
 
 # %% ../../nbs/69_run.config.ipynb #c173eaeb
 import ast
@@ -289,6 +289,50 @@ def read_config(
     if made!=1: raise ValueError(f"{path} has format {made!r}, this version reads format 1: update dropclass")
     try: return Config(**{f.name:saved[f.name] for f in fields(Config) if f.name in saved})
     except ValueError as e: raise ValueError(f"{path}: {e}") from None
+
+# %% ../../nbs/69_run.config.ipynb #64178fed
+_KINDS = dict(classes=list, ignore_index=int, pixel_counts=list, rare=list, predicts=str, tests=dict)
+
+def _whole(o): return isinstance(o, int) and o>=0
+
+def _metrics_hold(found):
+    "Is each field of `metrics.json` what it must be?"
+    C = len(found['classes'])
+    figures = [p for t in found['tests'].values() for p in (t.values() if isinstance(t, dict) else [None])]
+    fits = lambda o: isinstance(o, dict) and isinstance(o.get('class_iou'), list) and len(o['class_iou'])==C
+    return dict(classes=C>1 and all(isinstance(o, str) for o in found['classes']), tests=figures and all(map(fits, figures)),
+                pixel_counts=len(found['pixel_counts'])==C and all(map(_whole, found['pixel_counts'])),
+                rare=all(_whole(o) and o<C for o in found['rare']), predicts=found['predicts'] in ('plain','drop','mean'))
+
+def read_metrics(
+    folder:str|Path, # A run's folder
+) -> dict: # What `metrics.json` holds
+    "Read what a finished run measured."
+    path,unfinished = Path(folder)/'metrics.json',f"the run is not finished; go on with `dropclass-train --resume --out {folder}`"
+    found = read_json(path, unfinished)
+    if not found.get('finished'): raise ValueError(f"{folder}: {unfinished}")
+    wrong = [k for k,kind in _KINDS.items() if not isinstance(found.get(k), kind)]
+    wrong = wrong or [k for k,holds in _metrics_hold(found).items() if not holds]
+    if not wrong: return found
+    raise ValueError(f"{path} has a {wrong[0]!r} that cannot be ({str(found.get(wrong[0]))[:40]}): the file is damaged; "
+                     "put a copy back, or train the run again")
+
+# %% ../../nbs/69_run.config.ipynb #5ed20788
+def read_confusion(
+    folder:str|Path, # A run's folder
+    metrics:dict, # What `read_metrics` gave
+) -> dict: # Confusion matrices, lists (C,C), per test set and path
+    "Read a finished run's confusion matrices."
+    path,C = Path(folder)/'confusion.json',len(metrics['classes'])
+    found = read_json(path, "it is incomplete; train the run again")
+    square = lambda m: isinstance(m, list) and len(m)==C and all(isinstance(r, list) and len(r)==C for r in m)
+    for test,paths in metrics['tests'].items():
+        for o in paths:
+            matrix = found[test].get(o) if isinstance(found.get(test), dict) else None
+            if square(matrix) and all(_whole(v) for r in matrix for v in r): continue
+            raise ValueError(f"{path} has no {C}x{C} counts for {test!r}, path {o!r}: the file is damaged; "
+                             "put a copy back, or train the run again")
+    return found
 
 # %% ../../nbs/69_run.config.ipynb #e938fe46
 _AUTHORS = dict(data='cityscapes', method='dropclass', weights='hrnet', epochs=968, bs=12, size=(1024,2048), lr=.004,

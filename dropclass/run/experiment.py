@@ -6,10 +6,10 @@
 __all__ = ['data_function', 'sampling_options', 'data_parameters', 'make_data', 'PixelLoss', 'make_weights', 'make_loss',
            'make_opt_func', 'poly', 'lr_schedule', 'read_schedule', 'make_method', 'make_changes', 'BFloat16',
            'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'data_files',
-           'load_checkpoint', 'RunRecorder', 'StopDiverged', 'ValidEvery', 'EpochLines', 'hold_folder', 'check_unused',
-           'clear_unstarted', 'open_folder', 'shift_grid', 'summarize', 'evaluate_paths', 'evaluate_full_size',
-           'save_counts', 'prior_counts', 'plot_examples', 'finish_run', 'train_run', 'Run', 'load_run',
-           'image_options']
+           'load_checkpoint', 'check_checkpoint', 'RunRecorder', 'StopDiverged', 'ValidEvery', 'EpochLines',
+           'hold_folder', 'check_unused', 'clear_unstarted', 'open_folder', 'shift_grid', 'summarize', 'evaluate_paths',
+           'evaluate_full_size', 'save_counts', 'prior_counts', 'plot_examples', 'finish_run', 'train_run', 'Run',
+           'load_run', 'image_options']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import inspect
@@ -20,6 +20,8 @@ import os
 import random
 import socket
 import time
+import warnings
+import zipfile
 import zlib
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
@@ -42,7 +44,8 @@ from fastai.learner import Learner, Recorder
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastai.torch_core import default_device, get_model, rank_distrib, set_seed, to_float
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from ..rivals import COUNTED_LOSSES, FadeWeightsCallback, IgnoreLabelCallback, published_weights, region_loss
 from ..analysis.ablations import ablated
 from ..analysis.subjects import Subject, answer_by
@@ -57,7 +60,7 @@ from ..models import create_model
 from ..paste import ClassPasteCallback, EraseClassCallback
 from ..prior import TAUS, class_offsets, prior_confusions
 from ..ranks import from_first, gather_ranks, is_first, joined, num_ranks
-from .config import DATA, ON_CANVAS, Config, config_hash, read_config, read_json, recipe
+from .config import DATA, ON_CANVAS, Config, config_hash, read_config, read_confusion, read_metrics, recipe
 from ..schedules import hold_ramp
 
 # %% ../../nbs/70_run.experiment.ipynb #a6d174b9
@@ -317,8 +320,35 @@ def load_checkpoint(
     device='cpu', # Where its tensors go
 ) -> dict: # The checkpoint's content
     "Read a checkpoint without running any code in it."
-    try: return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError: raise FileNotFoundError(f"There is no checkpoint {path} to resume from: name the folder of a run that has finished an epoch, or leave out `resume` and start anew, in a folder that holds no run") from None
+    if not Path(path).exists(): raise FileNotFoundError(f"There is no checkpoint {path} to resume from: name the folder of a run that has finished an epoch, or leave out `resume` and start anew, in a folder that holds no run")
+    try:
+        with zipfile.ZipFile(path) as f: broken = f.testzip() # Compares the checksums of its parts
+        if broken is None: return torch.load(path, map_location=device, weights_only=True)
+    except Exception: pass # Of many kinds; what torch advises would run the code in a stranger's file
+    raise ValueError(f"{path} is damaged, or no checkpoint: put a copy back, or train the run again in another folder")
+
+_KEPT = dict(model=dict, opt=dict, random=dict, epoch=int, table=list, seconds=(int,float), smooth=list, key=str)
+
+def check_checkpoint(
+    checkpoint, # What `load_checkpoint` gave
+    path:str|Path, # Its file, for errors
+    epochs:int, # Epochs of the run
+) -> dict: # The same
+    "Refuse a checkpoint that lacks something."
+    wrong = [k for k,kind in _KEPT.items() if not isinstance(checkpoint.get(k), kind)] if isinstance(checkpoint, dict) else [*_KEPT]
+    if not wrong and not 0<=checkpoint['epoch']<epochs: wrong = ['epoch']
+    tensors = () if wrong else [o for o in checkpoint['model'].values() if isinstance(o, torch.Tensor)]
+    if any(o.is_floating_point() and not o.isfinite().all() for o in tensors): wrong = ['model']
+    if not wrong: return checkpoint
+    raise ValueError(f"{path} has no {wrong[0]!r} that could be used: it is damaged, so put a copy back, or train the run again in another folder")
+
+@contextmanager
+def _damage_named(path):
+    "Say which file holds what cannot be used."
+    try: yield
+    except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+        why = str(e).strip().splitlines()[0][:80]
+        raise ValueError(f"{path} does not fit the run ({why}): it is damaged, so put a copy back, or train the run again in another folder") from None
 
 # %% ../../nbs/70_run.experiment.ipynb #e0fbf27e
 class RunRecorder(Callback):
@@ -338,17 +368,19 @@ class RunRecorder(Callback):
 
     def before_fit(self):
         if self.checkpoint is None: return
-        get_model(self.model).load_state_dict(self.checkpoint['model'])
-        self.opt.opt.load_state_dict(self.checkpoint['opt'])
+        with _damage_named(self.folder/'checkpoint.pt'):
+            get_model(self.model).load_state_dict(self.checkpoint['model'])
+            self.opt.opt.load_state_dict(self.checkpoint['opt'])
 
     def before_epoch(self):
         self.row = None
         if self.epoch<self.first: raise CancelEpochException
         self.start,self.trained = time.perf_counter(),True
         if self.checkpoint is None: return
-        set_random_states(self.checkpoint['ranks'][rank_distrib()] if num_ranks()>1 else self.checkpoint['random'], self.dls)
         smooth = self.recorder.smooth_loss # fastai's running mean of the training loss, which goes on over epochs
-        smooth.val,smooth.count = self.checkpoint['smooth']
+        with _damage_named(self.folder/'checkpoint.pt'):
+            set_random_states(self.checkpoint['ranks'][rank_distrib()] if num_ranks()>1 else self.checkpoint['random'], self.dls)
+            smooth.val,smooth.count = self.checkpoint['smooth']
         self.checkpoint = None
 
     def after_epoch(self):
@@ -533,7 +565,7 @@ def open_folder(
     if not resume: return _start_folder(out, config)
     for o in out.glob('.*.part'):
         if not o.is_dir(): o.unlink() # Writing it was cut off
-    checkpoint = load_checkpoint(out/'checkpoint.pt')
+    checkpoint = check_checkpoint(load_checkpoint(out/'checkpoint.pt'), out/'checkpoint.pt', config.epochs)
     _check_same(out, config, checkpoint, files)
     _note_folder(out, config)
     return checkpoint
@@ -617,7 +649,9 @@ def prior_counts(
     "Read what a run counted under every shift of its class bias."
     path = Path(folder)/'prior.npz'
     if not path.is_file(): raise FileNotFoundError(f"{folder} has no prior.npz: it was made by an older version; tune the trained network instead, with `dropclass-tune`")
-    with np.load(path, allow_pickle=False) as f: return {k:torch.from_numpy(f[k]) for k in f.files}
+    try:
+        with np.load(path, allow_pickle=False) as f: return {k:torch.from_numpy(f[k]) for k in f.files}
+    except Exception: raise ValueError(f"{path} is damaged: put a copy back, or train the run again") from None # zipfile and NumPy raise many kinds
 
 # %% ../../nbs/70_run.experiment.ipynb #3ff6fef5
 def plot_examples(
@@ -658,11 +692,12 @@ def finish_run(
     matrices = {t:{p:o[TAUS.index(0)] for p,(o,_) in paths.items()} for t,paths in found.items() if t!='train'}
     if full: matrices['full'] = full
     rare = [int(o) for o in rare_classes(counts)]
-    with writing(out/'weights.safetensors') as temp: temp.write_bytes(save({k:v.contiguous() for k,v in learn.model.state_dict().items()}, head and dict(dropclass=json.dumps({k:getattr(head, k) for k in HEAD_OPTIONS}))))
+    weights = save({k:v.contiguous() for k,v in learn.model.state_dict().items()}, head and dict(dropclass=json.dumps({k:getattr(head, k) for k in HEAD_OPTIONS})))
+    with writing(out/'weights.safetensors') as temp: temp.write_bytes(weights)
     with writing(out/'examples.png') as temp: plot_examples(learn.model, learn.dls).savefig(temp, dpi=100, format='png')
     save_counts(out/'prior.npz', found, offsets)
     write_json(out/'confusion.json', {t:{p:cm.tolist() for p,cm in paths.items()} for t,paths in matrices.items()})
-    metrics = dict(finished=True, epochs=config.epochs, classes=list(spec.names), colors=[list(o) for o in spec.colors], ignore_index=spec.ignore_index,
+    metrics = dict(finished=True, epochs=config.epochs, weights_crc=zlib.crc32(weights), classes=list(spec.names), colors=[list(o) for o in spec.colors], ignore_index=spec.ignore_index,
                    pixel_counts=counts.tolist(), rare=rare, predicts=head.predicts if head else 'plain', seconds=round(seconds, 1),
                    tests={t:{p:summarize(cm, rare) for p,cm in paths.items()} for t,paths in matrices.items()})
     write_json(out/'metrics.json', metrics)
@@ -723,12 +758,14 @@ def train_run(
     "Train, evaluate and leave a run folder behind."
     out = Path(out)
     if config.threads: torch.set_num_threads(config.threads)
-    make_method(config) # Refuses wrong options before anything is written, as the next line does
-    make_changes(config)
     with joined(), ExitStack() as stack:
         hold = lambda: from_first(lambda: stack.enter_context(hold_folder(out)))
         if not from_first(lambda: _is_finished(out, config, resume)):
-            if resume: hold() # Another process may be at it
+            if resume:
+                hold() # Another process may be at it
+                from_first(lambda: open_folder(out, config, True) and None) # What was edited since is said first
+            make_method(config) # Refuses wrong options before anything is written, as the next line does
+            make_changes(config)
             learn = make_learner(config, out) # Before the folder is made: data that cannot be read leave none behind
             made = not out.exists()
             if not resume: hold()
@@ -744,8 +781,9 @@ class Run:
         self.folder,self.config = Path(folder),read_config(folder)
         path = self.folder/'metrics.json'
         if not path.is_file(): raise FileNotFoundError(f"The run {folder} is not finished: continue it with `dropclass-train --resume --out {folder}` and its own options")
-        self.metrics = json.loads(path.read_text())
-        self.spec = ClassSpec(self.metrics['classes'], self.metrics['colors'], self.metrics['ignore_index'])
+        self.metrics = read_metrics(folder)
+        classes = (self.metrics[k] for k in ('classes','colors','ignore_index'))
+        with _damage_named(path): self.spec = ClassSpec(*classes)
 
     @property
     def history(self): return pd.read_csv(self.folder/'history.csv')
@@ -757,19 +795,40 @@ class Run:
         path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts
     ): # Confusion matrix (C,C), int64
         "Read one confusion matrix."
-        saved = json.loads((self.folder/'confusion.json').read_text())
+        saved = read_confusion(self.folder, self.metrics)
         paths = saved[check_choice(test, saved, 'test')]
         return torch.tensor(paths[check_choice(path or self.predicts, paths, 'path')])
 
     def load_model(self):
         "Rebuild the network with its trained weights, in evaluation mode."
+        with _damage_named(self.folder/'config.json'): model = self._untrained()
+        with _damage_named(self.folder/'weights.safetensors'): model.load_state_dict(self.weights())
+        return model.eval()
+
+    def _untrained(self):
+        "The network as it is built, with its head."
         model = create_model(self.config.arch, len(self.spec), in_chans=self.config.data_options.get('in_chans', 3))
         if self.config.method in ('dropclass','no_drop'):
             options = {k:self.config.dropclass[k] for k in HEAD_OPTIONS if k in self.config.dropclass}
             add_dropclass(model, len(self.spec), self.config.dropclass.get('classifier'), **options)
-        model.load_state_dict(load_file(self.folder/'weights.safetensors'))
-        return model.eval()
+        return model
     def __repr__(self): return f"Run {self.folder.name}: {self.config.method}, {self.config.arch}, {self.config.data}, {self.config.epochs} epochs"
+
+# %% ../../nbs/70_run.experiment.ipynb #3a0aa440
+@patch
+def weights(self:Run) -> dict: # Tensors by name
+    "Read the trained weights; where their file is damaged, from the last checkpoint."
+    path,last = self.folder/'weights.safetensors',self.folder/'checkpoint.pt'
+    try:
+        data = path.read_bytes()
+        if self.metrics.get('weights_crc') in (None, zlib.crc32(data)): return load(data)
+    except (OSError, SafetensorError): pass
+    if last.is_file():
+        checkpoint = check_checkpoint(load_checkpoint(last), last, self.config.epochs)
+        if checkpoint['epoch']+1==self.config.epochs:
+            warnings.warn(f"{path} is missing or damaged: the weights come from {last.name}, which holds the same")
+            return checkpoint['model']
+    raise ValueError(f"{path} is missing or damaged: put a copy back, or train the run again")
 
 # %% ../../nbs/70_run.experiment.ipynb #d2bdb423
 def load_run(

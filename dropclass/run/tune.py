@@ -65,7 +65,9 @@ def read_tuning(
     try: found = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e:
         raise ValueError(f"{file} is damaged, it is no JSON ({e}): run `dropclass-tune` again") from None
-    if not isinstance(found, dict) or not isinstance(found.get('offsets'), dict) or found.get('format')!=1:
+    offsets = found.get('offsets') if isinstance(found, dict) else None
+    numbers = isinstance(offsets, dict) and all(isinstance(o, (int,float)) for o in offsets.values())
+    if not numbers or found.get('format')!=1:
         raise ValueError(f"{file} is not what `dropclass-tune` writes (format 1 with `offsets`): run it again")
     return found
 

@@ -6,8 +6,8 @@ literal    F.interpolate, then F.cross_entropy
 compiled   the same through `torch.compile`, after its compilation
 fused      `resize_cross_entropy`
 
-The compiler joins the operations behind the resize but keeps the resized logits. Libraries that fuse the classifier with the
-cross-entropy, as Liger does for language models, take chunks of rows, and know of no resize between the two.
+The compiler joins the operations behind the resize but keeps the resized logits. Libraries that fuse the classifier
+with the cross-entropy, as Liger does for language models, take chunks of rows, and know of no resize between the two.
 """
 import torch
 from fastcore.script import call_parse

@@ -2,10 +2,10 @@
 
     python benchmarks/methods.py --csv results/methods.csv
 
-Plain, DropClass, the authors' formula, and Grad-CAM, Eq. (1) by autograd for each class (see common.py). Times are medians
-of rounds in which they take turns, in time of the processor; Grad-CAM runs beside plain alone, in a third of the rounds,
-since what runs after a step of its memory is slower. `tensor_mb` is the most that the tensors of one step hold at a time,
-which no other program disturbs.
+Plain, DropClass, the authors' formula, and Grad-CAM, Eq. (1) by autograd for each class (see common.py). Times are
+medians of rounds in which they take turns, in time of the processor; Grad-CAM runs beside plain alone, in a third of
+the rounds, since what runs after a step of its memory is slower. `tensor_mb` is the most that the tensors of one
+step hold at a time, which no other program disturbs.
 """
 import torch
 from fastcore.script import call_parse

@@ -2,10 +2,10 @@
 
     python benchmarks/validation.py --csv results/validation.csv
 
-Every variant is a Learner with `segmentation_metrics`, and all take turns in one process. `both paths` is what a fit with
-`DropClassCallback` does: losses and classes tile by tile, from small logits. `both paths, full size` is the form that it
-replaces. `tensor_mb` is the most that the tensors of one batch hold at a time, seen by an observer of every operation;
-`train_mb` is the same for a training step. Neither depends on the load of the machine.
+Every variant is a Learner with `segmentation_metrics`, and all take turns in one process. `both paths` is what a fit
+with `DropClassCallback` does: losses and classes tile by tile, from small logits. `both paths, full size` is the form
+that it replaces. `tensor_mb` is the most that the tensors of one batch hold at a time, seen by an observer of every
+operation; `train_mb` is the same for a training step. Neither depends on the load of the machine.
 """
 import copy
 import torch
@@ -56,7 +56,8 @@ def training_peak(base, classes, x, y, both=False):
     return peak_tensors(lambda: learn.fit(1))
 
 
-VARIANTS = {'plain':{}, 'plain again':{}, 'both paths':dict(both=True), 'both paths, full size':dict(both=True, full_size=True)}
+VARIANTS = {'plain':{}, 'plain again':{}, 'both paths':dict(both=True),
+            'both paths, full size':dict(both=True, full_size=True)}
 
 
 def table(arch, size, classes, rounds, threads):

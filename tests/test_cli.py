@@ -190,7 +190,7 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('train', ['scenes', '--weights', 'medain'], "did you mean 'median'"),
     ('train', ['scenes', '--arch', 'smal', '--out', 'NEW', *TINY], "did you mean 'small'"),
     ('train', ['scenes', '--dropclass', 'alfa=3', '--out', 'NEW', *TINY], "did you mean 'alpha'"),
-    ('train', ['scenes', '--dropclass', 'per_epoch=maybe', '--out', 'NEW'], "`per_epoch` must be one of False, True, got 'maybe'"),
+    ('train', ['scenes', '--dropclass', 'per_epoch=maybe', '--out', 'NEW'], "`per_epoch` must be yes or no, got 'maybe'"),
     ('train', ['scenes', '--data-options', 'augment=often', '--out', 'NEW'], "`augment` must be yes or no, got 'often'"),
     ('train', ['scenes', '--data-options', 'valid_bs=2.5', '--out', 'NEW'], "`valid_bs` must be a whole number or none, got '2.5'"),
     ('train', ['scenes', '--loss', 'focal', '--loss-options', 'gamma=high', '--out', 'NEW'], "`gamma` must be a number, got 'high'"),

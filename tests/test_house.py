@@ -209,12 +209,6 @@ nbs/67_analysis.drop.ipynb
 nbs/70_run.experiment.ipynb
 nbs/73_run.distributed.ipynb
 nbs/75_run.audit.ipynb
-nbs/analyses/10_camvid_first_look.ipynb
-nbs/analyses/20_demo_regime.ipynb
-nbs/analyses/30_evidence_camvid.ipynb
-nbs/analyses/30_evidence_scenes.ipynb
-nbs/analyses/50_when_does_it_help.ipynb
-nbs/analyses/60_what_a_drop_takes.ipynb
 nbs/benchmarks/10_training_step.ipynb
 nbs/benchmarks/20_growth.ipynb
 nbs/benchmarks/30_memory_data_audit.ipynb
@@ -224,7 +218,6 @@ nbs/explanations/15_paper_to_code.ipynb
 nbs/explanations/20_choices_and_deviations.ipynb
 nbs/explanations/30_any_network.ipynb
 nbs/explanations/40_many_machines.ipynb
-nbs/tutorials/10_quick_start.ipynb
 nbs/tutorials/20_your_model_and_data.ipynb
 nbs/tutorials/30_reading_an_audit.ipynb
 nbs/tutorials/40_explore_with_widgets.ipynb

@@ -424,7 +424,7 @@ def predict(
     out:Annotated[Path, {'opt':True, 'required':True}], # Folder to write to: masks, overlays and legend.png
     path_of:str=None, # Path that predicts: plain, drop or mean (the run's own)
     size:str=None, # Height x width that the network is shown, such as 64x96 (the training size)
-    tile:int=None, # For large images: label each at its own size by overlapping tiles of TILE x TILE pixels, such as 512
+    tile:int=None, # For large images: label each at its own size by overlapping tiles of so many pixels, such as 512
     tuned:bool=False, # With the class bias that dropclass-tune found
     alpha:float=.5, # Strength of the colours in the overlays, 0 to 1
     overwrite:bool=False, # Replace files in the folder

@@ -35,8 +35,9 @@ def read_run(
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no run folder {folder}: give what `--out` was in `dropclass-train`")
     config = read_json(folder/'config.json', "it is no run folder, `dropclass-train` makes one")
-    if config.get('format')!=1:
-        raise ValueError(f"{folder} has format {config.get('format')!r}, this version of dropclass reads format 1: "
+    made = config.get('format')
+    if made!=1:
+        raise ValueError(f"{folder} has format {made!r}, this version of dropclass reads format 1: "
                          "install the version that wrote it")
     metrics = read_metrics(folder)
     return RunFiles(folder, config, metrics, read_confusion(folder, metrics))

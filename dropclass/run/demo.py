@@ -150,8 +150,9 @@ def demo_verdict(
         found = [(k, *_difference(o, arm)) for k,o in worlds.items()]
         found = "; ".join(f"{k} {a:+.1f} points of mIoU and {b:+.1f} on the rare classes" for k,a,b in found)
         text += f" {title}: {found}."
-    return (f"{text} All of this is against plain training without class weights, and as trained: the tables above show the "
-            "same networks tuned. This is one seed; another (--seed 1) moves such figures by a point or so, on rare classes by more.")
+    return (f"{text} All of this is against plain training without class weights, and as trained: the tables above "
+            "show the same networks tuned. This is one seed; another (--seed 1) moves such figures by a point or so, "
+            "on rare classes by more.")
 
 # %% ../../nbs/78_run.demo.ipynb #3821aaba
 _WORLDS = dict(valid="In the biased world, where things stand where they belong",

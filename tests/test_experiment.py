@@ -72,6 +72,12 @@ def test_the_best_epoch_is_kept_also_over_an_interruption(tmp_path):
     with pytest.warns(UserWarning, match='come from checkpoint.pt'): assert same(cut.weights(), weights(tmp_path/'whole'))
 
 
+def test_a_batch_of_one_behind_image_pooling_is_refused_before_the_first_step(tmp_path):
+    config = replace(TINY, arch='deeplabv3_mobilenetv3', method='plain', bs=1)
+    with pytest.raises(ValueError, match='use `bs=2` or more'): train_run(config, tmp_path/'one', progress=False, write=lambda o: None)
+    assert not (tmp_path/'one').exists()
+
+
 def test_resuming_over_a_changed_default_says_what_changed(tmp_path):
     "Weights in Eq. (6) were the default once; such a run has the same fields, and another hash."
     config = replace(TINY, weights='median')

@@ -6,10 +6,10 @@
 __all__ = ['data_function', 'sampling_options', 'data_parameters', 'make_data', 'PixelLoss', 'make_weights', 'make_loss',
            'make_opt_func', 'poly', 'lr_schedule', 'read_schedule', 'make_method', 'make_changes', 'BFloat16',
            'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'data_files',
-           'load_checkpoint', 'check_checkpoint', 'RunRecorder', 'StopDiverged', 'ValidEvery', 'EpochLines',
-           'hold_folder', 'check_unused', 'clear_unstarted', 'open_folder', 'shift_grid', 'summarize', 'evaluate_paths',
-           'evaluate_full_size', 'save_counts', 'prior_counts', 'plot_examples', 'finish_run', 'train_run', 'Run',
-           'load_run', 'image_options']
+           'load_checkpoint', 'check_checkpoint', 'RunRecorder', 'StopDiverged', 'RefuseSingle', 'ValidEvery',
+           'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted', 'open_folder', 'shift_grid', 'summarize',
+           'evaluate_paths', 'evaluate_full_size', 'save_counts', 'prior_counts', 'plot_examples', 'finish_run',
+           'train_run', 'Run', 'load_run', 'image_options']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import inspect
@@ -56,7 +56,7 @@ from ..data.sampling import RareClassDL, ResampledDL
 from ..head import HEAD_OPTIONS
 from ..surgery import add_dropclass, get_head
 from ..metrics import class_iou, evaluate, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
-from ..models import create_model
+from ..models import create_model, single_values
 from ..paste import ClassPasteCallback, EraseClassCallback
 from ..prior import TAUS, class_offsets, prior_confusions
 from ..ranks import from_first, gather_ranks, is_first, joined, num_ranks
@@ -441,6 +441,16 @@ class StopDiverged(Callback):
         kept = f"; {self.run_recorder.folder} keeps epoch {done}" if done else ''
         raise FloatingPointError(f"Training diverged in {where}, at learning rate {self.opt.hypers[-1]['lr']:.3g}, for {why}{kept}")
 
+# %% ../../nbs/70_run.experiment.ipynb #d35cb832
+class RefuseSingle(Callback):
+    "Refuse a batch in which a norm would see one value per channel."
+    order,reads_pred,run_valid = -5,False,False # Before any other callback looks at the batch
+    def before_batch(self):
+        if self.iter or len(self.xb[0])>1 or num_ranks()>1: return
+        if names := single_values(self.model, self.xb[0]):
+            raise ValueError(f"With `bs=1` the norm {names[0]} sees one value per channel, and nothing to normalise it "
+                             "by: use `bs=2` or more, or a network without image pooling")
+
 # %% ../../nbs/70_run.experiment.ipynb #e908c162
 class ValidEvery(Callback):
     "Skip the validation of most epochs, but not of the last."
@@ -765,7 +775,7 @@ def _fit(learn, out, config, resume, made, progress, write, cbs):
         files = data_files(learn.dls)
         opened = from_first(lambda: open_folder(out, config, resume, files))
         recorder = RunRecorder(out, config_hash(config), opened, config.keep, files=files, config=asdict(config))
-        bookkeeping = [ValidEvery(config.valid_every), StopDiverged(), recorder, EpochLines(write=write)]
+        bookkeeping = [ValidEvery(config.valid_every), RefuseSingle(), StopDiverged(), recorder, EpochLines(write=write)]
         with _over_ranks(learn, config): learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), *bookkeeping, *cbs])
     if (kept := recorder.take_best(learn.model)) and is_first(): write(kept)
     finish_run(learn, out, config, recorder.seconds)

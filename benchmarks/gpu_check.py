@@ -6,10 +6,10 @@
 tests   those that need a GPU; elsewhere they are skipped
 steps   time and peak memory of a training step of the paper's three networks: 512x1024, eight images, bfloat16
 loss    the fused loss against F.interpolate and F.cross_entropy (benchmarks/fused_loss.py)
-runs    with --data, as many runs of benchmarks/camvid/pretrained.json as fit into the time that is left, several at once
+runs    with --data, as many runs of benchmarks/camvid/pretrained.json as fit into the rest of the time, several at once
 
-Tables go to results/, as gpu_steps.csv and fused_loss_cuda.csv, and rows of runs to results/camvid_gpu/. A part that fails is named at the
-end, the others go on, and the exit status is 1.
+Tables go to results/, as gpu_steps.csv and fused_loss_cuda.csv, and rows of runs to results/camvid_gpu/.
+A part that fails is named at the end, the others go on, and the exit status is 1.
 """
 import copy
 import subprocess
@@ -20,12 +20,13 @@ from pathlib import Path
 import torch
 from fastcore.script import call_parse, store_true
 
-from common import (PAPER, RESULTS, TIMES, authors_formula, fused, looped, make_base, make_batch, measure, parse_size, plain, setting, show,
-                    stacked, summary, write_csv)
+from common import (PAPER, RESULTS, TIMES, authors_formula, fused, looped, make_base, make_batch, measure, parse_size,
+                    plain, setting, show, stacked, summary, write_csv)
 
 HERE = Path(__file__).resolve().parent
 TESTS = ['test_data', 'test_fused', 'test_metrics_oracle', 'test_precision']
-STEPS = {'plain':lambda model,classes: plain, 'dropclass':fused, 'dropclass, stacked':stacked, "authors' formula":authors_formula}
+STEPS = {'plain':lambda model,classes: plain, 'dropclass':fused, 'dropclass, stacked':stacked,
+         "authors' formula":authors_formula}
 
 
 def half_step(name, base, classes, x, y):
@@ -57,7 +58,8 @@ def check_steps(device, quick):
         found = summary(measure(steps, rounds, device, warm=3))
         del steps
         for o in found: o['peak_mb'] = peak_mb(o['variant'], base, classes, x, y)
-        new = [setting(arch, size, bs, classes, rounds, torch.get_num_threads(), device) | {'precision':'bf16'} | o for o in found]
+        where = setting(arch, size, bs, classes, rounds, torch.get_num_threads(), device)
+        new = [where | {'precision':'bf16'} | o for o in found]
         show(new, [*TIMES, 'peak_mb'])
         rows += new
         if not quick: write_csv(rows, RESULTS/f'gpu_steps{"" if device=="cuda" else "_"+device}.csv')
@@ -65,22 +67,25 @@ def check_steps(device, quick):
 def run(*command, minutes=None, cwd=None):
     "Run a command and show what it prints; fails as it does."
     print('$', *command, flush=True)
-    subprocess.run([sys.executable, '-W', 'ignore', *map(str, command)], check=True, cwd=cwd, timeout=minutes and 60*minutes)
+    command = [sys.executable, '-W', 'ignore', *map(str, command)]
+    subprocess.run(command, check=True, cwd=cwd, timeout=minutes and 60*minutes)
 
 def check_tests(minutes):
     "The tests of the modules that do something of their own on a GPU."
-    run('-m', 'pytest', '-q', *[f'tests/{o}.py' for o in TESTS], '-k', 'gpu or cuda or mixed_precision', minutes=minutes, cwd=HERE.parent)
+    files = [f'tests/{o}.py' for o in TESTS]
+    run('-m', 'pytest', '-q', *files, '-k', 'gpu or cuda or mixed_precision', minutes=minutes, cwd=HERE.parent)
 
 def check_loss(device, quick):
     "The fused loss alone."
     table = ['--csv', RESULTS/f'fused_loss_{device}.csv'] if not quick else []
-    run(HERE/'fused_loss.py', '--device', device, '--cases', '19' if quick else '19,150', '--rounds', 3 if quick else 11, *table)
+    cases,rounds = ('19',3) if quick else ('19,150',11)
+    run(HERE/'fused_loss.py', '--device', device, '--cases', cases, '--rounds', rounds, *table)
 
 def check_runs(data, weights, jobs, minutes):
     "Runs of the plan, in its order."
     if minutes<1: return print("No time is left for runs", flush=True)
-    run(HERE/'camvid'/'run.py', 'pretrained', '--data', data, '--weights', weights, '--jobs', jobs, '--minutes', minutes,
-        '--runs', HERE.parent/'runs'/'camvid_gpu', '--results', RESULTS/'camvid_gpu')
+    run(HERE/'camvid'/'run.py', 'pretrained', '--data', data, '--weights', weights, '--jobs', jobs,
+        '--minutes', minutes, '--runs', HERE.parent/'runs'/'camvid_gpu', '--results', RESULTS/'camvid_gpu')
 
 
 @call_parse
@@ -98,7 +103,8 @@ def main(
     if data and not weights: raise SystemExit("--data needs --weights, the folder of the file that the plan names")
     start,failed = time.monotonic(),[]
     left = lambda: minutes-(time.monotonic()-start)/60
-    parts = {'tests':lambda: check_tests(left()), 'steps':lambda: check_steps(device, quick), 'loss':lambda: check_loss(device, quick)}
+    parts = {'tests':lambda: check_tests(left()), 'steps':lambda: check_steps(device, quick),
+             'loss':lambda: check_loss(device, quick)}
     if data: parts['runs'] = lambda: check_runs(data, weights, jobs, left()-.5)
     for name,part in parts.items():
         print(f"\n{name}: {left():.1f} minutes are left", flush=True)
@@ -106,5 +112,5 @@ def main(
         except (Exception, SystemExit) as e:
             failed.append(name)
             print(f"{name} failed: {e}", flush=True)
-    print(f"\n{60*(minutes-left()):.0f} s; {'failed: '+', '.join(failed) if failed else 'all parts are well'}", flush=True)
+    print(f"\n{60*(minutes-left()):.0f} s; {'failed: '+', '.join(failed) if failed else 'all is well'}", flush=True)
     if failed: raise SystemExit(1)

@@ -1,10 +1,11 @@
-"""Do boats lean less on the water where classes were pasted or erased in training? Small networks on a harbour, seed by seed.
+"""Do boats lean less on the water where classes were pasted or erased in training? Small networks on a harbour.
 
     python benchmarks/harbour_paste.py
 
-In training boats are always on the water. Writes results/harbour_paste.csv, a row per network: the fall of the IoU of boats, in points, where the
-water is erased from the images (its pixels do not count; 32 test images), and the mean IoU of cars and boats where boats are always on the water
-(`biased`) and where they are on the road as often (`unbiased`). The page nbs/analyses/70_class_paste.ipynb reads them.
+In training boats are always on the water. Writes results/harbour_paste.csv, a row per network: the fall of the IoU of
+boats, in points, where the water is erased from the images (its pixels do not count), and the mean IoU, on 32 images, of
+cars and boats where boats are always on the water (`biased`) and where they are on the road as often (`unbiased`).
+The page nbs/analyses/70_class_paste.ipynb reads them.
 """
 import argparse
 from functools import partial
@@ -45,7 +46,8 @@ def main():
     parser.add_argument('--steps', type=int, nargs='+', default=[320, 1280], help="training steps")
     parser.add_argument('--seeds', type=int, default=5, help="seeds of each")
     parser.add_argument('--threads', type=int, default=1, help="processor threads")
-    parser.add_argument('--out', type=Path, default=Path(__file__).parent.parent/'results'/'harbour_paste.csv', help="file for the results")
+    table = Path(__file__).parent.parent/'results'/'harbour_paste.csv'
+    parser.add_argument('--out', type=Path, default=table, help="file for the results")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
@@ -53,7 +55,8 @@ def main():
         for seed in range(args.seeds):
             for arm, how in ARMS.items():
                 change = how and partial(changed, how, seed)
-                rows.append({'steps': steps, 'seed': seed, 'arm': arm, **measure(train_harbour(steps=steps, seed=seed, change=change))})
+                model = train_harbour(steps=steps, seed=seed, change=change)
+                rows.append({'steps': steps, 'seed': seed, 'arm': arm, **measure(model)})
                 print(' '.join(f'{v:.1f}' if isinstance(v, float) else str(v) for v in rows[-1].values()), flush=True)
     pd.DataFrame(rows).round(2).to_csv(args.out, index=False)
 

@@ -255,7 +255,7 @@ class ClassPasteCallback(Callback):
     change,stream = staticmethod(paste_classes),2**32 # The stream keeps the draws apart from DropClass's
     @delegates(paste_classes, but=['generator','ignore_index'])
     def __init__(self,
-        p=hold_ramp(.5, 0., until=1., since=.8), # Probability that an image changes: any callable [0,1] -> [0,1], or a number
+        p=hold_ramp(.5, 0., until=1., since=.8), # Probability that an image changes: a callable on [0,1], or a number
         power:float=.5, # A class is drawn in proportion to (share of pixels)^-power
         never=(), # Classes that are never drawn, by name or label: a background, for instance
         pixel_counts=None, # Pixels of each class in the training set (C,); None counts them when a fit begins

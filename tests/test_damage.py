@@ -1,9 +1,8 @@
-"Run folders that were cut off, flipped, mixed up or forged: a sentence that names the file, or the right result; never a traceback."
+"Run folders that were cut off, flipped, mixed up or forged: a sentence that names the file, or the right result."
 import json
 import os
 import pickle
 import shutil
-import warnings
 from pathlib import Path
 
 import pytest
@@ -85,37 +84,60 @@ def a_folder(p):
     p.unlink(missing_ok=True)
     p.mkdir()
 
-BYTES = {'empty':cut(0), 'ten bytes':cut(10), 'half':keep(.5), 'last byte gone':cut(-1), 'missing':Path.unlink, 'folder':a_folder,
+BYTES = {'empty':cut(0), 'ten bytes':cut(10), 'half':keep(.5), 'last byte gone':cut(-1), 'missing':Path.unlink,
+         'folder':a_folder,
          'pickle':lambda p: p.write_bytes(pickle.dumps(Evil(p.parent/'PWNED'), protocol=2)),
          'zip':lambda p: torch.save(dict(model=Evil(p.parent/'PWNED')), p),
-         'legacy':lambda p: torch.save(dict(model=Evil(p.parent/'PWNED')), p, _use_new_zipfile_serialization=False)}
+         'legacy':lambda p: torch.save(dict(model=Evil(p.parent/'PWNED')), p,
+                                       _use_new_zipfile_serialization=False)}
 FLIPS = {f'flip at {o}':flip(o) for o in (.05,.2,.5,.8,.95)}
-JSON = {'empty':cut(0), 'half':keep(.5), 'missing':Path.unlink, 'folder':a_folder, 'list':text('[1]'), 'text':text('"x"'),
-        'null':text('null'), 'number':text('3'), 'not UTF-8':lambda p: p.write_bytes(b'\xff\xfe{}'), 'deep':text('['*200000), '{}':text('{}')}
+JSON = {'empty':cut(0), 'half':keep(.5), 'missing':Path.unlink, 'folder':a_folder, 'list':text('[1]'),
+        'text':text('"x"'),
+        'null':text('null'), 'number':text('3'), 'not UTF-8':lambda p: p.write_bytes(b'\xff\xfe{}'),
+        'deep':text('['*200000), '{}':text('{}')}
 
-CHECKPOINT = {**BYTES, **FLIPS, '{}':kept(lambda o: {}), 'list':kept(lambda o: [1]), 'tensor':kept(lambda o: torch.ones(3)),
-              **{f'no {k}':without(k) for k in ('model','opt','random','epoch','table','seconds','smooth','key')},
-              **{f'{k} {v!r}':within(k, v) for k,v in (('model',{'a':torch.ones(2)}), ('model',[]), ('opt',{}), ('epoch',10**6), ('epoch',-5),
-                 ('epoch','x'), ('table',None), ('random',{}), ('random',[]), ('smooth',[]), ('seconds','x'), ('key',3), ('ranks',[0]*1000))},
-              'NaN':kept(lambda o: [v.fill_(float('nan')) for v in o['model'].values() if v.is_floating_point()] and None)}
-CONFIG = {**JSON, **{f'{k} {v!r}':field(k, v) for k,v in (('epochs','2'), ('epochs',9), ('lr',None), ('lr',.5), ('size','16x24'), ('size',[32]), ('size',['a','b']),
-          ('data_options',None), ('data_options',[1]), ('dropclass',[1]), ('method',['plain']), ('method','plain'), ('resample',None),
-          ('resample',{'x':[]}), ('channels_last','no'), ('seed',True), ('format',2), ('arch','foo'), ('arch',3), ('arch',None), ('data','foo'),
-          ('paste','x'), ('paste',{'p':[]}), ('loss_options',{'x':1}), ('threads',-1), ('num_workers',1.5))}}
-METRICS = {**JSON, **{f'no {k}':field(k) for k in ('finished','classes','colors','ignore_index','pixel_counts','rare','predicts','tests')},
-           **{f'{k} {v!r}'[:60]:field(k, v) for k,v in (('classes',['a','b','c']), ('classes',None), ('classes',[1]*15), ('colors',[[999,0,0]]*15),
-              ('colors',['red']*15), ('colors',3), ('predicts','foo'), ('predicts',None), ('tests',{}), ('tests',[]), ('tests',{'valid':3}),
-              ('tests',{'valid':{'plain':{}}}), ('pixel_counts',[]), ('pixel_counts',['x']*15), ('rare',[99]), ('rare','x'), ('ignore_index','x'))}}
+def values(make, pairs): return {f'{k} {v!r}'[:60]:make(k, v) for k,v in pairs}
+
+def nan_weights(o): o['model'] = {k:v*float('nan') if v.is_floating_point() else v for k,v in o['model'].items()}
+
+CHECKPOINT = {
+    **BYTES, **FLIPS, '{}':kept(lambda o: {}), 'list':kept(lambda o: [1]), 'tensor':kept(lambda o: torch.ones(3)),
+    **{f'no {k}':without(k) for k in ('model','opt','random','epoch','table','seconds','smooth','key')},
+    **values(within, (('model',{'a':torch.ones(2)}), ('model',[]), ('opt',{}), ('epoch',10**6), ('epoch',-5),
+                      ('epoch','x'),
+                      ('table',None), ('random',{}), ('random',[]), ('smooth',[]), ('seconds','x'), ('key',3),
+                      ('ranks',[0]*1000))),
+    'NaN':kept(nan_weights)}
+CONFIG = {
+    **JSON,
+    **values(field, (('epochs','2'), ('epochs',9), ('lr',None), ('lr',.5), ('size','16x24'), ('size',[32]),
+                     ('size',['a','b']),
+                     ('data_options',None), ('data_options',[1]), ('dropclass',[1]), ('method',['plain']),
+                     ('method','plain'),
+                     ('resample',None), ('resample',{'x':[]}), ('channels_last','no'), ('seed',True), ('format',2),
+                     ('arch','foo'), ('arch',3), ('arch',None), ('data','foo'), ('paste','x'), ('paste',{'p':[]}),
+                     ('loss_options',{'x':1}), ('threads',-1), ('num_workers',1.5)))}
+METRICS = {
+    **JSON,
+    **{f'no {k}':field(k) for k in ('finished','classes','colors','ignore_index','pixel_counts','rare','predicts',
+                                    'tests')},
+    **values(field, (('classes',['a','b','c']), ('classes',None), ('classes',[1]*15), ('colors',[[999,0,0]]*15),
+                     ('colors',['red']*15), ('colors',3), ('predicts','foo'), ('predicts',None), ('tests',{}),
+                     ('tests',[]),
+                     ('tests',{'valid':3}), ('tests',{'valid':{'plain':{}}}), ('pixel_counts',[]),
+                     ('pixel_counts',['x']*15), ('rare',[99]), ('rare','x'), ('ignore_index','x')))}
 CONFUSION = {**JSON, 'short':text('{"valid":{"plain":[[1,2],[3,4]]}}'), 'words':text('{"valid":{"plain":[["a"]]}}')}
 WEIGHTS = {**BYTES, **FLIPS, 'of another network':lambda p: save_file({'a':torch.ones(2)}, p),
            'header of 2^60':lambda p: p.write_bytes((2**60).to_bytes(8, 'little')+b'{}')}
 
 
-def cases(**files): return [pytest.param(k, damage, id=f'{k}: {name}') for k,v in files.items() for name,damage in v.items()]
+def cases(**files):
+    return [pytest.param(k, damage, id=f'{k}: {name}') for k,v in files.items() for name,damage in v.items()]
 
 def damaged(run, folder, file, damage):
     shutil.copytree(run, folder)
-    path = folder/{'checkpoint':'checkpoint.pt', 'weights':'weights.safetensors', 'prior':'prior.npz'}.get(file, f'{file}.json')
+    names = dict(checkpoint='checkpoint.pt', weights='weights.safetensors', prior='prior.npz')
+    path = folder/names.get(file, f'{file}.json')
     damage(path)
     return path
 
@@ -165,6 +187,7 @@ def test_nothing_to_restore_from(runs, tmp_path, file, damage):
 
 def test_restored_weights_are_the_same(runs, tmp_path):
     damaged(runs/'finished', tmp_path/'run', 'weights', keep(.5))
-    with pytest.warns(UserWarning, match='checkpoint.pt, which holds the same'): weights = load_run(tmp_path/'run').weights()
+    with pytest.warns(UserWarning, match='checkpoint.pt, which holds the same'):
+        weights = load_run(tmp_path/'run').weights()
     ref = load_run(runs/'finished').weights()
     assert all(torch.equal(weights[k], ref[k]) for k in ref)

@@ -1,4 +1,4 @@
-"What users of other libraries bring: void among the class names, averaged weights, encoders of one size, classes that never come."
+"What users of other libraries bring: void among the class names, averaged weights, encoders of one size ..."
 import pytest
 import torch
 from copy import deepcopy
@@ -8,9 +8,9 @@ from fastai.learner import Learner
 from fastai.vision.data import SegmentationDataLoaders
 
 from dropclass.analysis.ablations import DrawRare
-from dropclass.analysis.subjects import learner_spec
+from dropclass.analysis.subjects import iter_batches, learner_spec
 from dropclass.callback import DropClassCallback
-from dropclass.data.core import write_toy_folder
+from dropclass.data.core import open_image, write_toy_folder
 from dropclass.models import SmallSegNet, create_model
 from dropclass.surgery import get_head
 from dropclass.testing import toy_learner
@@ -35,8 +35,9 @@ def test_a_class_that_never_comes_is_not_drawn_as_rare():
 def camvid_like(path, outputs):
     write_toy_folder(path, 8, 5, (32,48), void=5)
     names = [f'c{i}' for i in range(5)]+['Void']
-    dls = SegmentationDataLoaders.from_label_func(path, sorted((path/'images').iterdir()), lambda o: path/'masks'/o.name,
-                                                  bs=4, codes=names, device='cpu', num_workers=0)
+    mask = lambda o: path/'masks'/o.name
+    dls = SegmentationDataLoaders.from_label_func(path, sorted((path/'images').iterdir()), mask, bs=4,
+                                                  codes=names, device='cpu', num_workers=0)
     return Learner(dls, SmallSegNet(outputs, width=4), loss_func=CrossEntropyLossFlat(axis=1, ignore_index=5),
                    cbs=DropClassCallback(drop_prob=1.))
 
@@ -88,3 +89,19 @@ def test_an_encoder_of_one_size_says_so_in_a_sentence():
     net = create_model('timm:swin_tiny_patch4_window7_224', 3).eval()
     with torch.no_grad(), pytest.raises(ValueError, match="takes images of one size .*padded to 64x96: bring them"):
         net(torch.zeros(1, 3, 60, 92))
+
+
+# ---- batches of dicts, as transformers and MONAI make them
+
+def test_batches_may_be_dicts():
+    batch = toy_learner().dls.valid.one_batch()
+    (x,y),(a,b) = (next(iter_batches([o])) for o in (batch, dict(pixel_values=batch[0], labels=batch[1])))
+    assert torch.equal(x, a) and torch.equal(y, b)
+
+
+# ---- files that are not what they are called
+
+def test_a_program_in_a_picture_is_not_run(tmp_path):
+    "PostScript under another name: Pillow would start Ghostscript."
+    (tmp_path/'a.png').write_bytes(b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n')
+    with pytest.raises(ValueError, match='Cannot read .*a.png'): open_image(tmp_path/'a.png', load=False)

@@ -48,7 +48,8 @@ def resume(where, config): return train_run(config, where/'run', resume=True, pr
 def test_moved_data_are_the_same(copy, tmp_path):
     where,_ = copy
     shutil.copytree(where/'data', tmp_path/'elsewhere')
-    there,here = (data_files(folder_dls(o/'images', o/'masks', ['a','b','c'], bs=2)) for o in (where/'data', tmp_path/'elsewhere'))
+    files = lambda o: data_files(folder_dls(o/'images', o/'masks', ['a','b','c'], bs=2))
+    there,here = files(where/'data'),files(tmp_path/'elsewhere')
     assert there==here and len(here)==12
 
 
@@ -80,7 +81,8 @@ def test_an_edited_setting_is_named(copy):
     file = where/'run/config.json'
     saved = json.loads(file.read_text())
     file.write_text(json.dumps({**saved, 'lr':.5}))
-    with pytest.raises(ValueError, match='another configuration .lr was 0.03, is 0.5.'): resume(where, read_config(where/'run'))
+    with pytest.raises(ValueError, match='another configuration .lr was 0.03, is 0.5.'):
+        resume(where, read_config(where/'run'))
 
 
 def test_checkpoints_of_older_versions_go_on(copy):

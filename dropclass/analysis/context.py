@@ -67,7 +67,7 @@ def train_harbour(
     bias:float=1., # World of the training images
     steps:int=80, # Training steps, with 8 images each
     seed:int=0, # Seed of images and weights
-    change=None, # Callable of images, labels and step: what training sees instead of them; None is the images as they are
+    change=None, # Callable of images, labels and step: what training sees instead; None leaves them as they are
 ) -> nn.Module: # `SmallSegNet`, in evaluation mode
     "Train a small network on a harbour."
     with torch.random.fork_rng(devices=[]):

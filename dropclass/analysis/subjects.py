@@ -32,6 +32,7 @@ from ..head import HEAD_OPTIONS
 from ..surgery import add_dropclass, get_head
 from ..losses import get_ignore_index
 from ..prior import loss_weights
+from ..metrics import batch_parts
 from ..models import create_model, model_names, read_weights
 
 # %% ../../nbs/59_analysis.subjects.ipynb #2e3fa3f7
@@ -165,7 +166,7 @@ def _check_sizes(x, y):
 
 # %% ../../nbs/59_analysis.subjects.ipynb #2f2a18d3
 def iter_batches(
-    data, # Batches with images first and labels last; single images (3,H,W) are batches of one
+    data, # Batches with images first and labels last, or dicts; single images (3,H,W) are batches of one
     device='cpu', # Where tensors go
     max_images:int|None=None, # Stop after so many images; None takes all
 ): # Iterator over images (N,3,H,W) and labels (N,H,W)
@@ -174,7 +175,7 @@ def iter_batches(
         raise ValueError(f"`max_images` must be 1 or more, got {max_images}: None takes all")
     left = max_images
     for batch in data:
-        x,y = (o.as_subclass(Tensor).to(device) for o in (batch[0], batch[-1]))
+        x,y = (o.as_subclass(Tensor).to(device) for o in batch_parts(batch))
         if x.ndim==3: x,y = x[None],y[None]
         _check_sizes(x, y)
         if left is not None: x,y = x[:left],y[:left]

@@ -300,22 +300,25 @@ def _metrics_hold(found):
     C = len(found['classes'])
     figures = [p for t in found['tests'].values() for p in (t.values() if isinstance(t, dict) else [None])]
     fits = lambda o: isinstance(o, dict) and isinstance(o.get('class_iou'), list) and len(o['class_iou'])==C
-    return dict(classes=C>1 and all(isinstance(o, str) for o in found['classes']), tests=figures and all(map(fits, figures)),
+    return dict(classes=C>1 and all(isinstance(o, str) for o in found['classes']),
+                tests=figures and all(map(fits, figures)),
                 pixel_counts=len(found['pixel_counts'])==C and all(map(_whole, found['pixel_counts'])),
-                rare=all(_whole(o) and o<C for o in found['rare']), predicts=found['predicts'] in ('plain','drop','mean'))
+                rare=all(_whole(o) and o<C for o in found['rare']),
+                predicts=found['predicts'] in ('plain','drop','mean'))
 
 def read_metrics(
     folder:str|Path, # A run's folder
 ) -> dict: # What `metrics.json` holds
     "Read what a finished run measured."
-    path,unfinished = Path(folder)/'metrics.json',f"the run is not finished; go on with `dropclass-train --resume --out {folder}`"
+    path = Path(folder)/'metrics.json'
+    unfinished = f"the run is not finished; go on with `dropclass-train --resume --out {folder}`"
     found = read_json(path, unfinished)
     if not found.get('finished'): raise ValueError(f"{folder}: {unfinished}")
     wrong = [k for k,kind in _KINDS.items() if not isinstance(found.get(k), kind)]
     wrong = wrong or [k for k,holds in _metrics_hold(found).items() if not holds]
     if not wrong: return found
-    raise ValueError(f"{path} has a {wrong[0]!r} that cannot be ({str(found.get(wrong[0]))[:40]}): the file is damaged; "
-                     "put a copy back, or train the run again")
+    raise ValueError(f"{path} has a {wrong[0]!r} that cannot be ({str(found.get(wrong[0]))[:40]}): "
+                     "the file is damaged; put a copy back, or train the run again")
 
 # %% ../../nbs/69_run.config.ipynb #5ed20788
 def read_confusion(

@@ -3,7 +3,7 @@
     python benchmarks/harbour_paste.py
 
 In training boats are always on the water. Writes results/harbour_paste.csv, a row per network: the fall of the IoU of
-boats, in points, where the water is erased from the images (its pixels do not count), and the mean IoU, on 32 images, of
+boats, in points, where the water is erased from the images (its pixels do not count), and the mean IoU on 32 images of
 cars and boats where boats are always on the water (`biased`) and where they are on the road as often (`unbiased`).
 The page nbs/analyses/70_class_paste.ipynb reads them.
 """

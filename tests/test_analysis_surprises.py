@@ -204,3 +204,12 @@ def test_networks_of_runs_go_to_the_device(monkeypatch, tmp_path):
     assert [Saved().subject(device=o).device.type for o in ('meta', 'cpu')]==['meta', 'cpu']
     monkeypatch.setattr(dropclass.run.experiment, 'default_device', lambda: 'meta')
     assert open_model(Saved()).device.type=='meta'
+
+
+def test_captions_of_widgets_count_plainly():
+    "Labels of a Learner are fastai's own tensors, which print their type."
+    import torch
+    from dropclass.analysis.widgets import DropView, drop_caption
+    from fastai.torch_core import TensorMask
+    was,now = (DropView(TensorMask(torch.tensor(o)), None, None) for o in ([[0,0,1,2]], [[0,1,1,1]]))
+    assert drop_caption(was, now, 0, 'car')=='car: 2 pixels predicted with all of it, 1 now; 1 pixels changed between other classes'

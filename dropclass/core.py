@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['VOID', 'check_num_classes', 'check_network', 'check_device', 'check_unit', 'check_choice', 'check_target',
            'whole_labels', 'check_class', 'distinct_colors', 'ClassSpec', 'class_index', 'colorize', 'writing',
-           'write_json', 'eval_mode', 'step_generator']
+           'printable', 'write_json', 'eval_mode', 'step_generator']
 
 # %% ../nbs/00_core.ipynb #e58d4be6
 import colorsys
 import hashlib
 import json
 import os
+import re
 import secrets
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -186,6 +187,13 @@ def writing(
         raise OSError(f"Cannot write {path} ({e.strerror or e}): check that the folder is writable and the disk is not full; "
                       "nothing was changed") from e
     finally: temp.unlink(missing_ok=True)
+
+# %% ../nbs/00_core.ipynb #73ecf44a
+def printable(
+    text:str, # Any text
+) -> str: # The same; control characters other than tabs and ends of lines are replaced
+    "Keep a text from steering a terminal."
+    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
 
 # %% ../nbs/00_core.ipynb #d89ff66a
 def write_json(

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['plain_tensor', 'loss_input', 'get_ignore_index', 'check_void', 'has_labels', 'check_weight', 'cross_entropy_options',
            'pixel_loss_sum', 'pixel_count', 'pixel_loss', 'no_reduction', 'NotPerPixel', 'per_pixel_loss',
-           'check_per_pixel', 'masked_target', 'other_loss', 'segmentation_loss', 'mean_prob', 'suppression_loss',
-           'strip_weights', 'drop_path_losses', 'total_loss', 'StepPaths', 'choose_paths', 'dropclass_loss']
+           'check_ignored', 'check_per_pixel', 'masked_target', 'other_loss', 'segmentation_loss', 'mean_prob',
+           'suppression_loss', 'strip_weights', 'drop_path_losses', 'total_loss', 'StepPaths', 'choose_paths',
+           'dropclass_loss']
 
 # %% ../nbs/12_losses.ipynb #8911a4f7
+import copy
 import inspect
 from contextlib import contextmanager
 from functools import partial
@@ -174,6 +176,36 @@ def per_pixel_loss(
     raise NotPerPixel(f"{name} must give one value per pixel with reduction='none' to leave pixels out, got {losses.numel()} values for "
                      f"{labels.numel()} pixels: give the loss an `ignore_index`, or a `reduction` that can be 'none'")
 
+# %% ../nbs/12_losses.ipynb #ca62b36a
+def _check_mean(loss_func, value):
+    "Refuse a loss that gives several numbers."
+    if value.numel()==1: return
+    name = getattr(loss_func, '__name__', type(loss_func).__name__)
+    raise ValueError(f"{name} gives {value.numel()} values where training needs one: build it with reduction='mean'")
+
+def check_ignored(
+    loss_func, # A loss with an `ignore_index`
+    num_classes:int, # Number of classes, C
+):
+    "Refuse a loss that counts the label it says it ignores."
+    if cross_entropy_options(loss_func) is not None or not isinstance(loss_func, nn.Module): return
+    void,name = get_ignore_index(loss_func),type(loss_func).__name__
+    labels = (torch.arange(256)%num_classes).view(1, 16, 16)
+    target = labels.masked_fill(torch.arange(256).view(1, 16, 16)%5==0, void)
+    logits = torch.randn(1, num_classes, 16, 16, generator=torch.Generator().manual_seed(0))
+    other = torch.where((target==void)[:,None], -logits, logits)
+    try:
+        loss = copy.deepcopy(loss_func).cpu()
+        with torch.no_grad(): loss(logits, labels)
+    except Exception: return # Not for its void: the first step says why
+    try: was,now = (plain_tensor(loss(o, target)) for o in (logits, other))
+    except Exception as e: raise ValueError(f"{name} says `ignore_index={void}`, but fails on labels of {void} ({e}): "
+                                            "leave those pixels out in the loss") from e
+    _check_mean(loss_func, was)
+    if not torch.allclose(was, now, rtol=1e-4, equal_nan=True):
+        raise ValueError(f"{name} says `ignore_index={void}`, but its value depends on the pixels of label {void}: "
+                         "leave those pixels out in the loss")
+
 # %% ../nbs/12_losses.ipynb #c0a1b001
 def check_per_pixel(
     loss_func, # The loss
@@ -181,7 +213,7 @@ def check_per_pixel(
     device=None, # Where the loss keeps its tensors
 ):
     "Refuse a loss that could not leave out the pixels of a class."
-    if get_ignore_index(loss_func) is not None: return
+    if get_ignore_index(loss_func) is not None: return check_ignored(loss_func, num_classes)
     pixels = 2*num_classes+1
     logits,target = torch.zeros(1, num_classes, 1, pixels, device=device),torch.zeros(1, 1, pixels, device=device).long()
     try: per_pixel_loss(logits, target, target==0, loss_func)
@@ -191,6 +223,7 @@ def check_per_pixel(
         raise ValueError(f"{name} has no `ignore_index`, so it was tried on logits (1,{num_classes},1,{pixels}) and labels "
             f"(1,1,{pixels}), one value per pixel, and failed ({e}): give a loss of logits (N,C,H,W) and labels "
             "(N,H,W)") from e
+    _check_mean(loss_func, loss_func(logits, target))
 
 # %% ../nbs/12_losses.ipynb #9c2b9489
 def masked_target(

@@ -2,6 +2,7 @@
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -110,6 +111,21 @@ def test_compare_prints_and_saves(runs, start, command, tmp_path):
         assert code==0 and f'({path} path)' in out and (tmp_path/f'{path}.csv').is_file()
     assert (tmp_path/'plain.csv').read_text()!=(tmp_path/'mean.csv').read_text()
     assert command('compare', folder/'plain', '--save', tmp_path/'one.png')[0]==0 and Image.open(tmp_path/'one.png').format=='PNG'
+    code,_,err = command('compare', folder/'plain', '--save', tmp_path/'one.png')
+    assert code==2 and 'one.png exists: choose another name, or allow --overwrite' in err
+    assert command('compare', folder/'plain', '--save', tmp_path/'one.png', '--overwrite')[0]==0
+
+
+def test_class_names_do_not_steer_the_terminal(runs, command, tmp_path):
+    shutil.copytree(runs[0]/'plain', tmp_path/'run')
+    path = tmp_path/'run'/'metrics.json'
+    metrics = json.loads(path.read_text())
+    metrics['classes'][0] = '\x1b[31mred'
+    path.write_text(json.dumps(metrics))
+    code,out,err = command('compare', tmp_path/'run', '--by-run')
+    assert code==0 and 'red' in out and '\x1b' not in out+err
+    code,out,err = command('compare', tmp_path/'no\x1b[31m')
+    assert code==2 and 'no' in err and '\x1b' not in err
 
 
 def test_seeds_are_taken_together(command, tmp_path):

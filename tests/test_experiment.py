@@ -52,6 +52,32 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, change):
     assert load_run(tmp_path/'whole').history.equals(load_run(tmp_path/'cut').history)
 
 
+class Forget(Callback):
+    "Makes the last epoch the worst."
+    order,reads_pred = RunRecorder.order-15,False
+    def after_batch(self):
+        if self.training and self.epoch==2: next(self.model.parameters()).data.zero_()
+
+
+def test_the_best_epoch_is_kept_also_over_an_interruption(tmp_path):
+    config,quiet = replace(TINY, keep='best', method='plain'),dict(progress=False, write=lambda o: None)
+    whole = train_run(config, tmp_path/'whole', cbs=[Forget()], **quiet)
+    with pytest.raises(KeyboardInterrupt): train_run(config, tmp_path/'cut', cbs=[Forget(), PowerCut(2)], **quiet)
+    cut = train_run(config, tmp_path/'cut', resume=True, cbs=[Forget()], **quiet)
+    assert same(weights(tmp_path/'whole'), weights(tmp_path/'cut'))
+    last = load_checkpoint(tmp_path/'whole'/'checkpoint.pt')['model']
+    assert whole.history.miou.idxmax()<2 and not same(last, weights(tmp_path/'whole'))
+    assert whole.metrics['tests']['valid']['plain']['miou']==pytest.approx(whole.history.miou.max(), abs=1e-6)
+    (cut.folder/'weights.safetensors').unlink()
+    with pytest.warns(UserWarning, match='come from checkpoint.pt'): assert same(cut.weights(), weights(tmp_path/'whole'))
+
+
+def test_a_batch_of_one_behind_image_pooling_is_refused_before_the_first_step(tmp_path):
+    config = replace(TINY, arch='deeplabv3_mobilenetv3', method='plain', bs=1)
+    with pytest.raises(ValueError, match='use `bs=2` or more'): train_run(config, tmp_path/'one', progress=False, write=lambda o: None)
+    assert not (tmp_path/'one').exists()
+
+
 def test_resuming_over_a_changed_default_says_what_changed(tmp_path):
     "Weights in Eq. (6) were the default once; such a run has the same fields, and another hash."
     config = replace(TINY, weights='median')
@@ -224,7 +250,7 @@ def test_stored_runs_still_load_with_their_hash(file):
 
 
 def test_every_later_setting_changes_the_hash_and_no_default_does():
-    changes = dict(loss='focal', loss_options={'gamma':1.}, resample={'car':2}, sampling='rare_class', temperature=.1, sync_bn=False)
+    changes = dict(loss='focal', loss_options={'gamma':1.}, resample={'car':2}, sampling='rare_class', temperature=.1, sync_bn=False, keep='best')
     base = Config()
     saved = json.loads(RESULTS[0].read_text())
     later = {o.name for o in fields(Config)}-set(saved)

@@ -6,7 +6,7 @@
 __all__ = ['RULES', 'BOTH_WAYS', 'ADVICE', 'PAGES', 'REPORTS', 'ClassBias', 'class_bias', 'NetworkAudit', 'describe_network',
            'measure_network', 'Example', 'weak_examples', 'erased_example', 'class_advice', 'pair_advice', 'Audit',
            'open_networks', 'audit', 'audit_summary', 'fill_text', 'audit_limits', 'audit_advice', 'encode_picture',
-           'picture_files', 'printable', 'render', 'check_report']
+           'picture_files', 'render', 'check_report']
 
 # %% ../../nbs/65_analysis.audit.ipynb #ffa57c9e
 import base64
@@ -36,7 +36,7 @@ from .entanglement import MEASURES, Entanglement, entanglement, entanglement_tab
 from .figures import predict_labels, to_picture
 from .subjects import (Subject, count_images, iter_batches, open_both, open_data, open_model,
                                          show_progress)
-from ..core import ClassSpec, colorize, writing
+from ..core import ClassSpec, colorize, printable, writing
 from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes
 from ..prior import TAUS, class_offsets, counts_miou, prior_confusions
 from ..surgery import get_head
@@ -603,12 +603,6 @@ def _number(value, digits=1, sign=False):
     return text if float(text) else text.lstrip('+-')
 
 # %% ../../nbs/65_analysis.audit.ipynb #0d2b6f20
-def printable(
-    text:str, # Any text
-) -> str: # The same; control characters other than tabs and ends of lines are replaced
-    "Keep a text from steering a terminal."
-    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
-
 def _markdown_text(value):
     "A text in one line, with what Markdown or HTML would not take literally escaped; `Markup` is left alone."
     if isinstance(value, Markup): return value

@@ -132,8 +132,9 @@ def drop_caption(
     "Say how the prediction changed."
     was,now = ((o.labels==c) for o in (before, after))
     others = (before.labels!=after.labels)&~was&~now
-    return (f"{name}: {was.sum()} pixels predicted with all of it, {now.sum()} now; "
-            f"{others.sum()} pixels changed between other classes")
+    was,now,others = (int(o.sum()) for o in (was, now, others)) # Fastai's tensors would print their type
+    return (f"{name}: {was} pixels predicted with all of it, {now} now; "
+            f"{others} pixels changed between other classes")
 
 # %% ../../nbs/66_analysis.widgets.ipynb #c8775fdf
 def _show(ax, picture, title, **kwargs):

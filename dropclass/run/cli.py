@@ -56,6 +56,11 @@ def command_words(
     return ' '.join(re.sub(rf'`({names})`', lambda m: f'`{flags[m[1]]}`', text).split())
 
 # %% ../../nbs/72_run.cli.ipynb #7a67c58a
+def _harmless(text):
+    "A text without what would steer a terminal."
+    from dropclass.core import printable
+    return printable(text)
+
 @contextmanager
 def one_line_errors(
     debug:bool=False, # Show the traceback?
@@ -75,7 +80,7 @@ def one_line_errors(
         if debug or not in_command(): raise
         diverged = isinstance(e, FloatingPointError) # What may befall any one of several processes
         if diverged or os.environ.get('LOCAL_RANK', '0')=='0':
-            print(f"Error: {command_words(e, '--path' if is_cli(train) else '--path-of')}", file=sys.stderr)
+            print(_harmless(f"Error: {command_words(e, '--path' if is_cli(train) else '--path-of')}"), file=sys.stderr)
         raise SystemExit(1 if diverged else 2) from None
 
 # %% ../../nbs/72_run.cli.ipynb #01c074b6
@@ -243,7 +248,7 @@ def default_folder(
 def _report(run):
     "Print a finished run: classes, means, picture."
     from dropclass.run.compare import comparison, format_comparison
-    print('\n'+format_comparison(comparison(run)))
+    print('\n'+_harmless(format_comparison(comparison(run))))
     for test in [o for o in run.metrics['tests'] if o!='valid']:
         means = comparison(run, test).iloc[-2:,-1]
         print(f"On the {test} test set: mIoU {means['mIoU']:.1f}, rare mIoU {means['rare mIoU']:.1f}")
@@ -405,6 +410,7 @@ def compare(
     path_of:str=None, # Path to read: plain, drop or mean (the one that predicts, per run)
     by_run:bool=False, # A column per run, also where several runs differ only in the seed
     save:Path=None, # Write the table to a .csv or .md file, or the picture to a .png, .svg or .pdf file
+    overwrite:bool=False, # Replace the file that --save names
     debug:bool=False, # Show the traceback of an error
 ):
     "Compare runs class by class, as in the paper's Table 1, and settings over several seeds."
@@ -412,8 +418,8 @@ def compare(
         from dropclass.run.compare import save_comparison, show_comparison
         from dropclass.run.tuned import tuned_text
         df = show_comparison(runs, test, path_of, by_run)
-        if tuned := tuned_text(runs, test, path_of): print(f"\n{tuned}")
-        if save: print(f"\nWritten to {save_comparison(df, save)}")
+        if tuned := tuned_text(runs, test, path_of): print(_harmless(f"\n{tuned}"))
+        if save: print(f"\nWritten to {save_comparison(df, save, overwrite)}")
         return df
 
 # %% ../../nbs/72_run.cli.ipynb #b9647531
@@ -438,7 +444,7 @@ def predict(
         progress = partial(show_progress, progress=sys.stdout.isatty())
         files = predict_images(run, images, out, path_of, size=read_size(size), alpha=alpha, overwrite=overwrite,
                                progress=progress, device=device, tile=tile, tuned=tuned)
-        print(f"{len(files)} images labelled: {out/'masks'}, {out/'overlays'}, {out/'legend.png'}")
+        print(_harmless(f"{len(files)} images labelled: {out/'masks'}, {out/'overlays'}, {out/'legend.png'}"))
         return files
 
 # %% ../../nbs/72_run.cli.ipynb #84c87131
@@ -508,7 +514,7 @@ def tune(
             found,names = tune_file(model, arch, data, given, read_size(size), metric)
         files = save_tuning(found, out or Path('tuning'), names)
         tables = '\n\n'.join(o.round(1).to_string() for o in (found.table(), found.classes(names)))
-        print(f"{found}\n\n{tables}\n\nWritten: {files[0]}, {files[1].name}")
+        print(_harmless(f"{found}\n\n{tables}\n\nWritten: {files[0]}, {files[1].name}"))
         return files
 
 # %% ../../nbs/72_run.cli.ipynb #f749fa2f

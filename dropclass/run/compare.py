@@ -216,16 +216,18 @@ def show_comparison(
     by_run:bool=False, # A column for every run, also where several differ only in the seed?
 ) -> pd.DataFrame: # As of `comparison`; of `compare_arms` where more than two runs hold one setting with several seeds
     "Print a comparison, and in words what it shows."
+    from dropclass.core import printable
     read = _read_runs(runs)
     if not by_run and len(read)>2 and len(group_arms(read))<len(read):
         df = compare_arms(read, test, path)
-        print(format_arms(df))
-        if text := describe_arms(df): print('\n'+text)
+        print(printable(format_arms(df)))
+        if text := describe_arms(df): print('\n'+printable(text))
         return df
     df = comparison(read, test, path)
-    print(format_comparison(df))
+    print(printable(format_comparison(df)))
     labels = df.attrs['labels']
-    for label,also in zip(labels[1:], _also_different(read, labels)): print(f'\n{describe_comparison(df, label)}{also}')
+    for label,also in zip(labels[1:], _also_different(read, labels)):
+        print(printable(f'\n{describe_comparison(df, label)}{also}'))
     return df
 
 # %% ../../nbs/71_run.compare.ipynb #6c08285d
@@ -315,11 +317,14 @@ def plot_comparison(
 def save_comparison(
     df:pd.DataFrame, # What `comparison` or `compare_arms` gave
     file:str|Path, # Where to: '.csv' or '.md' for the table, '.png', '.svg' or '.pdf' for the picture
+    overwrite:bool=False, # May a file that is there be replaced?
 ) -> Path: # The file
     "Write a comparison to a file."
     from dropclass.core import check_choice, writing
     file = Path(file)
     kind = check_choice(file.suffix.lower(), ['.csv','.md','.png','.svg','.pdf'], f"the ending of {file.name}")
+    if file.exists() and not overwrite:
+        raise FileExistsError(f"{file} exists: choose another name, or allow overwrite=True")
     layout,plot = (format_arms, plot_arms) if df.index.nlevels>1 else (format_comparison, plot_comparison)
     with writing(file) as temp:
         if kind=='.csv': df.to_csv(temp)

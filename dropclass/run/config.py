@@ -125,7 +125,7 @@ DATA = ('scenes','camvid','folder','cityscapes','voc','ade20k') # Built by `drop
 ON_CANVAS = ('voc','ade20k') # Those whose pictures of many sizes are fitted onto a canvas
 WEIGHTS = ('none','median','segnet','hrnet')
 _CHOICES = dict(data=DATA, method=METHODS, weights=WEIGHTS, optimizer=('sgd','adamw'), precision=('float32','bf16'),
-                schedule=('poly','onecycle','constant'), sampling=('uniform','rare_class'))
+                schedule=('poly','onecycle','constant'), sampling=('uniform','rare_class'), keep=('last','best'))
 _ABOVE_0 = ('epochs','bs','lr','temperature','valid_every')
 _MOST = dict(num_workers=1024, threads=1024, seed=2**63-1)
 
@@ -223,6 +223,7 @@ class Config:
     sampling:str='uniform' # Draw images uniform, or by rare_class: a class by rarity, then an image that has it
     temperature:float=.01 # Of rare_class; smaller numbers favour rare classes more
     valid_every:int=1 # Validate after every so many epochs, and after the last
+    keep:str='last' # Weights that the run ends with: of the last epoch, or of the best by validation mIoU
     sync_bn:bool=True # Share BatchNorm's statistics between the GPUs, where there are several?
     paste:dict|None=None # Paste rare classes into other images? Options, or {} for the usual: p=0.5,power=1
     erase:dict|None=None # Paint over a class of an image? Options, or {} for the usual: p=0.5,fill=noise

@@ -168,7 +168,7 @@ def show_demo(
         print(f"\n== {title} ==\n")
         tables[test] = show_comparison(runs, test)
         print(f"\n{tuned_text(runs, test)}")
-        save_comparison(tables[test], pictures[test])
+        save_comparison(tables[test], pictures[test], overwrite=True)
     print("\n== The paths of the DropClass run (mIoU, rare mIoU) ==\n")
     run = read_run(runs[1])
     for path in run.metrics['tests']['valid']:

@@ -6,10 +6,10 @@
 __all__ = ['data_function', 'sampling_options', 'data_parameters', 'make_data', 'PixelLoss', 'make_weights', 'make_loss',
            'make_opt_func', 'poly', 'lr_schedule', 'read_schedule', 'make_method', 'make_changes', 'BFloat16',
            'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'data_files',
-           'load_checkpoint', 'check_checkpoint', 'RunRecorder', 'StopDiverged', 'ValidEvery', 'EpochLines',
-           'hold_folder', 'check_unused', 'clear_unstarted', 'open_folder', 'shift_grid', 'summarize', 'evaluate_paths',
-           'evaluate_full_size', 'save_counts', 'prior_counts', 'plot_examples', 'finish_run', 'train_run', 'Run',
-           'load_run', 'image_options']
+           'load_checkpoint', 'check_checkpoint', 'RunRecorder', 'StopDiverged', 'RefuseSingle', 'ValidEvery',
+           'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted', 'open_folder', 'shift_grid', 'summarize',
+           'evaluate_paths', 'evaluate_full_size', 'save_counts', 'prior_counts', 'plot_examples', 'finish_run',
+           'train_run', 'Run', 'load_run', 'image_options']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import inspect
@@ -56,7 +56,7 @@ from ..data.sampling import RareClassDL, ResampledDL
 from ..head import HEAD_OPTIONS
 from ..surgery import add_dropclass, get_head
 from ..metrics import class_iou, evaluate, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
-from ..models import create_model
+from ..models import create_model, single_values
 from ..paste import ClassPasteCallback, EraseClassCallback
 from ..prior import TAUS, class_offsets, prior_confusions
 from ..ranks import from_first, gather_ranks, is_first, joined, num_ranks
@@ -337,7 +337,9 @@ def check_checkpoint(
     "Refuse a checkpoint that lacks something."
     wrong = [k for k,kind in _KEPT.items() if not isinstance(checkpoint.get(k), kind)] if isinstance(checkpoint, dict) else [*_KEPT]
     if not wrong and not 0<=checkpoint['epoch']<epochs: wrong = ['epoch']
-    tensors = () if wrong else [o for o in checkpoint['model'].values() if isinstance(o, torch.Tensor)]
+    best = {} if wrong else checkpoint.get('best', dict(epoch=0, miou=0., model={}))
+    if not wrong and not (isinstance(best, dict) and {'epoch','miou','model'}<=best.keys()): wrong = ['best']
+    tensors = () if wrong else [o for o in [*checkpoint['model'].values(), *best['model'].values()] if isinstance(o, torch.Tensor)]
     if any(o.is_floating_point() and not o.isfinite().all() for o in tensors): wrong = ['model']
     if not wrong: return checkpoint
     raise ValueError(f"{path} has no {wrong[0]!r} that could be used: it is damaged, so put a copy back, or train the run again in another folder")
@@ -358,8 +360,10 @@ class RunRecorder(Callback):
         folder:Path, # The run's folder
         key:str, # Hash of the configuration
         checkpoint:dict|None=None, # What to resume from; None starts anew
+        keep:str='last', # 'best' keeps the weights of the best validation as well
         **about, # More to keep in the checkpoint
     ):
+        self.keep,self.best = keep,None if checkpoint is None else checkpoint.get('best')
         self.folder,self.key,self.checkpoint,self.about = Path(folder),key,checkpoint,about
         self.first = 0 if checkpoint is None else checkpoint['epoch']+1
         self.table = [] if checkpoint is None else list(checkpoint['table'])
@@ -390,10 +394,29 @@ class RunRecorder(Callback):
         self.row = dict(zip(names, [self.epoch, *(float('nan') if o is None else float(o) for o in self.recorder.values[-1])]))
         self.table.append(self.row)
         self.seconds,self.trained = self.seconds+took,False
+        if self.keep=='best': self.keep_best()
         if is_first():
             with writing(self.folder/'history.csv') as temp: pd.DataFrame(self.table).to_csv(temp, index=False)
         smooth = self.recorder.smooth_loss
-        save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch, table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads(), **self.about)
+        save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch, table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads(),
+                        **({'best':self.best} if self.best else {}), **self.about)
+
+# %% ../../nbs/70_run.experiment.ipynb #5672fedc
+@patch
+def keep_best(self:RunRecorder):
+    "Copy the weights if no validation was better."
+    miou = self.row.get('miou', math.nan)
+    if math.isnan(miou) or (self.best and miou<=self.best['miou']): return
+    weights = {k:v.detach().clone() for k,v in get_model(self.model).state_dict().items()}
+    self.best = dict(epoch=self.epoch, miou=miou, model=weights)
+
+@patch
+def take_best(self:RunRecorder, model):
+    "Give a network the weights of the best validation: the epoch in words; '' where the last are kept."
+    if not self.best: return ''
+    get_model(model).load_state_dict(self.best['model'])
+    return f"kept epoch {self.best['epoch']+1}, with the best validation mIoU, {self.best['miou']:.4f}"
+
 
 # %% ../../nbs/70_run.experiment.ipynb #415a3592
 class StopDiverged(Callback):
@@ -417,6 +440,16 @@ class StopDiverged(Callback):
         done,where = len(self.run_recorder.table),f"epoch {self.epoch+1}, step {min(self.iter+1, self.n_iter)} of {self.n_iter}"
         kept = f"; {self.run_recorder.folder} keeps epoch {done}" if done else ''
         raise FloatingPointError(f"Training diverged in {where}, at learning rate {self.opt.hypers[-1]['lr']:.3g}, for {why}{kept}")
+
+# %% ../../nbs/70_run.experiment.ipynb #d35cb832
+class RefuseSingle(Callback):
+    "Refuse a batch in which a norm would see one value per channel."
+    order,reads_pred,run_valid = -5,False,False # Before any other callback looks at the batch
+    def before_batch(self):
+        if self.iter or len(self.xb[0])>1 or num_ranks()>1: return
+        if names := single_values(self.model, self.xb[0]):
+            raise ValueError(f"With `bs=1` the norm {names[0]} sees one value per channel, and nothing to normalise it "
+                             "by: use `bs=2` or more, or a network without image pooling")
 
 # %% ../../nbs/70_run.experiment.ipynb #e908c162
 class ValidEvery(Callback):
@@ -741,9 +774,10 @@ def _fit(learn, out, config, resume, made, progress, write, cbs):
     with _or_nothing(out, made and not resume):
         files = data_files(learn.dls)
         opened = from_first(lambda: open_folder(out, config, resume, files))
-        recorder = RunRecorder(out, config_hash(config), opened, files=files, config=asdict(config))
-        bookkeeping = [ValidEvery(config.valid_every), StopDiverged(), recorder, EpochLines(write=write)]
+        recorder = RunRecorder(out, config_hash(config), opened, config.keep, files=files, config=asdict(config))
+        bookkeeping = [ValidEvery(config.valid_every), RefuseSingle(), StopDiverged(), recorder, EpochLines(write=write)]
         with _over_ranks(learn, config): learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), *bookkeeping, *cbs])
+    if (kept := recorder.take_best(learn.model)) and is_first(): write(kept)
     finish_run(learn, out, config, recorder.seconds)
 
 # %% ../../nbs/70_run.experiment.ipynb #a83b9e94
@@ -827,7 +861,7 @@ def weights(self:Run) -> dict: # Tensors by name
         checkpoint = check_checkpoint(load_checkpoint(last), last, self.config.epochs)
         if checkpoint['epoch']+1==self.config.epochs:
             warnings.warn(f"{path} is missing or damaged: the weights come from {last.name}, which holds the same")
-            return checkpoint['model']
+            return (checkpoint.get('best') or checkpoint)['model']
     raise ValueError(f"{path} is missing or damaged: put a copy back, or train the run again")
 
 # %% ../../nbs/70_run.experiment.ipynb #d2bdb423

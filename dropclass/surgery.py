@@ -37,6 +37,13 @@ def _check_dense(out):
         "no class can be dropped from a pixel's features. DropClass needs a model with logits per pixel, SegFormer or "
         "UperNet say")
 
+def _check_pixels(out):
+    "Refuse scores of whole images."
+    scores = getattr(out, 'logits', out)
+    if not isinstance(scores, Tensor) or scores.ndim>2: return
+    raise _NotDense(f"The model returns scores of shape {tuple(scores.shape)}, none per pixel, as an image classifier does: "
+                    "DropClass needs a segmentation network, with logits (N,C,h,w)")
+
 # %% ../nbs/21_surgery.ipynb #30ed8ec3
 def main_output(
     out, # What a model returned
@@ -66,7 +73,9 @@ def run_probe(
     look = register_module_forward_hook(lambda m,args,out: _check_dense(out))
     with eager, _hooked(look), warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Using `torch.compile') # About this very hook
-        return model(*inputs)
+        out = model(*inputs)
+    _check_pixels(out)
+    return out
 
 # %% ../nbs/21_surgery.ipynb #0c060da4
 probe_sizes = (64, 32, 128, 224, 256, 384, 512, 640) # Some networks take one size only
@@ -92,7 +101,7 @@ def make_probe(
             with torch.no_grad(), eval_mode(model): run_probe(model, images)
             return images
         except _NotDense: raise
-        except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as err: last = err
+        except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError) as err: last = err
     raise ValueError(f"No square image of {', '.join(map(str, sizes))} pixels goes through {type(model).__name__} "
         f"({type(last).__name__}: {str(last)[:100]}): pass `probe`, a batch of two images (or a tuple of inputs)")
 

@@ -196,7 +196,8 @@ def erased_example(
     spec,fall,best,start = subject.spec,(100*context.fall()).nan_to_num(nan=-200.),(-1,),0
     if fall.max()<least: return None
     gone,hurt = divmod(int(fall.argmax()), len(spec))
-    paint = make_fill(fill, image_stats(data, max_images=max_images) if fill in ('mean','noise') else None, seed)
+    named = isinstance(fill, str) and fill in ('mean','noise') # It may be an array
+    paint = make_fill(fill, image_stats(data, max_images=max_images) if named else None, seed)
     for x,y in iter_batches(data, max_images=max_images):
         both = ((y==gone).flatten(1).any(1)&(y==hurt).flatten(1).any(1)).nonzero().flatten().tolist()
         tried = [_without(subject.model, x[i], y[i], hurt, gone, paint, start+i) for i in both]

@@ -222,7 +222,7 @@ def write_matrix(folder, method, cm, seed=0):
     scores = dict(miou=float(mean_iou(cm)), rare_miou=float(iou[2]), pixel_acc=1., absent=0, class_iou=[None if o.isnan() else float(o) for o in iou])
     path = 'plain'
     files = dict(config=dict(format=1, data='scenes', method=method, seed=seed), confusion={'valid':{path:cm.tolist()}},
-                 metrics=dict(finished=True, classes=['road','sky','boat'], pixel_counts=[50,40,10], rare=[2], predicts=path, tests={'valid':{path:scores}}))
+                 metrics=dict(finished=True, ignore_index=255, classes=['road','sky','boat'], pixel_counts=[50,40,10], rare=[2], predicts=path, tests={'valid':{path:scores}}))
     for name,o in files.items(): (folder/f'{name}.json').write_text(json.dumps(o))
     return folder
 

@@ -103,6 +103,14 @@ def _wait(jobs, outs, epochs, steps, write):
         if not running: return
         time.sleep(.2)
 
+def _stop(processes, patience=20):
+    "Ask processes to end, then make them: what they write is whole at any time."
+    for p in processes:
+        if p.poll() is None: p.terminate()
+    for p in processes:
+        try: p.wait(patience)
+        except subprocess.TimeoutExpired: p.kill()
+
 def train_side_by_side(
     configs:dict, # Fields of `Config` by name; all with the same number of epochs
     folder:Path, # Holds one run folder per name; finished and interrupted runs in it are continued
@@ -115,12 +123,12 @@ def train_side_by_side(
         try: o.mkdir(parents=True, exist_ok=True)
         except OSError as e:
             raise OSError(f"Cannot make the folder {o} ({e.strerror}): choose one that can be written to") from e
-    jobs = {k:_start(configs[k], outs[k]) for k in configs if not _is_done(configs[k], outs[k])}
-    try: _wait(jobs, outs, next(iter(configs.values()))['epochs'], steps, write)
-    finally:
-        for p in jobs.values():
-            if p.poll() is None: p.terminate()
-        for p in jobs.values(): p.wait()
+    jobs = {}
+    try:
+        for k in configs:
+            if not _is_done(configs[k], outs[k]): jobs[k] = _start(configs[k], outs[k])
+        _wait(jobs, outs, next(iter(configs.values()))['epochs'], steps, write)
+    finally: _stop(jobs.values())
     return outs
 
 # %% ../../nbs/78_run.demo.ipynb #659bcdba

@@ -41,8 +41,8 @@ def _check_pixels(out):
     "Refuse scores of whole images."
     scores = getattr(out, 'logits', out)
     if not isinstance(scores, Tensor) or scores.ndim>2: return
-    raise _NotDense(f"The model returns scores of shape {tuple(scores.shape)}, none per pixel, as an image classifier does: "
-                    "DropClass needs a segmentation network, with logits (N,C,h,w)")
+    raise _NotDense(f"The model returns scores of shape {tuple(scores.shape)}, none per pixel, as an image classifier "
+                    "does: DropClass needs a segmentation network, with logits (N,C,h,w)")
 
 # %% ../nbs/21_surgery.ipynb #30ed8ec3
 def main_output(

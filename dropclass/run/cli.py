@@ -119,7 +119,8 @@ def read_times(
                      f"between, got {text!r}")
 
 # %% ../../nbs/72_run.cli.ipynb #c4012297
-_LOSS_KINDS = dict(gamma=float, alpha=float|None, dice_weight=float, per_image=bool, thresh=float, min_kept=float)
+_LOSS_KINDS = dict(gamma=float, alpha=float|None, dice_weight=float, per_image=bool, thresh=float, min_kept=float,
+                   tau=float, sigma=float)
 
 def takers(
     settings:dict, # Fields of `Config`

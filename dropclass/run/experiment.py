@@ -7,9 +7,9 @@ __all__ = ['data_function', 'sampling_options', 'data_parameters', 'make_data', 
            'make_opt_func', 'poly', 'lr_schedule', 'read_schedule', 'make_method', 'make_changes', 'BFloat16',
            'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint', 'data_files',
            'load_checkpoint', 'check_checkpoint', 'RunRecorder', 'StopDiverged', 'RefuseSingle', 'ValidEvery',
-           'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted', 'open_folder', 'shift_grid', 'summarize',
-           'evaluate_paths', 'evaluate_full_size', 'save_counts', 'prior_counts', 'plot_examples', 'finish_run',
-           'train_run', 'Run', 'load_run', 'image_options']
+           'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted', 'open_folder', 'known_weights', 'shift_grid',
+           'summarize', 'evaluate_paths', 'evaluate_full_size', 'save_counts', 'prior_counts', 'plot_examples',
+           'finish_run', 'train_run', 'Run', 'load_run', 'image_options']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import inspect
@@ -604,15 +604,20 @@ def open_folder(
     return checkpoint
 
 # %% ../../nbs/70_run.experiment.ipynb #cb5518a3
+def known_weights(
+    weights, # Class weights (C,), a tensor; 0 for a class without a training pixel
+): # The same on the CPU, where such a class has the middle weight and stays where it is
+    "Give every class a weight with a logarithm."
+    weights = weights.detach().cpu()
+    return weights.where(weights>0, weights[weights>0].log().mean().exp())
+
 def shift_grid(
     pixel_counts, # Pixels of each class in the training set (C,)
     weights=None, # Class weights of the loss (C,); None where it has none
 ): # Offsets (T,C), one row for each of `TAUS`
     "Choose the line along which a run's class bias is shifted."
     if weights is None: return class_offsets(counts=pixel_counts, tau=TAUS)
-    weights = weights.detach().cpu()
-    middle = weights[weights>0].log().mean().exp() # A class without training pixels has weight 0: it stays where it is
-    return class_offsets(weights.where(weights>0, middle), TAUS)
+    return class_offsets(known_weights(weights), TAUS)
 
 # %% ../../nbs/70_run.experiment.ipynb #5f86b39f
 def summarize(

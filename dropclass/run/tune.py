@@ -15,7 +15,7 @@ from ..analysis.subjects import load_network, open_images
 from ..core import check_choice, writing, write_json
 from ..data.core import full_size_dl
 from ..prior import PriorTuning, shift_classes, tune_prior
-from .experiment import Run, load_run, make_weights
+from .experiment import Run, known_weights, load_run, make_weights
 from ..stats import class_counts
 
 # %% ../../nbs/77_run.tune.ipynb #ce15d72a
@@ -30,9 +30,7 @@ def tune_run(
     dls = run.load_data()
     dl = full_size_dl(dls.valid if check_choice(on, TUNE_ON, 'on')=='valid' else dls.valid.new(dls.train.dataset))
     weights,counts = make_weights(run.config, dls),class_counts(dls.train.dataset)
-    if weights is not None: # A class that never came stays where it is
-        weights = weights.cpu()
-        weights = weights.where(counts>0, weights[weights>0].log().mean().exp())
+    if weights is not None: weights = known_weights(weights)
     return tune_prior(run.load_model().to(dls.device), dl, weights, counts, metric, ignore_index=dls.spec.ignore_index)
 
 # %% ../../nbs/77_run.tune.ipynb #15942ec6

@@ -494,7 +494,7 @@ def tune(
     data:Path=None, # With --model: folder with images, masks and classes.txt, or a copy of CamVid
     weights:str=None, # With --model: class weights it was trained with, commas between (none)
     size:str=None, # With --model: height x width to bring the images to, such as 192x256
-    on:str='train', # Images of a run to tune on: train, or valid
+    on:str='valid', # Images of a run to tune on: valid, or train
     metric:str='miou', # What to maximise: miou or rare_miou
     out:Path=None, # With --model: folder for tuning.json and tuning.png (tuning)
     debug:bool=False, # Show the traceback of an error

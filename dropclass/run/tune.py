@@ -19,11 +19,11 @@ from .experiment import Run, known_weights, load_run, make_weights
 from ..stats import class_counts
 
 # %% ../../nbs/77_run.tune.ipynb #ce15d72a
-TUNE_ON = ('train','valid')
+TUNE_ON = ('valid','train')
 
 def tune_run(
     run:Run, # A finished run
-    on:str='train', # Tune on the images it was trained on, 'train', or on those that validate, 'valid'
+    on:str='valid', # Tune on the images that validate, 'valid', or on those it was trained on, 'train'
     metric:str='miou', # What to maximise: 'miou' or 'rare_miou'
 ) -> PriorTuning: # The curve and the best tau
     "Find the tau of a run."

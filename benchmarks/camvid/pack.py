@@ -7,7 +7,8 @@ Copy the folder `packed` to the other machine, which needs Python, torch and tor
     sh packed/go.sh gpu --jobs 6     # the runs of a plan
     sh packed/go.sh check            # benchmarks/gpu_check.py: tests, step times, and runs, in eight minutes
 
-What comes back is packed/results, and for `check` packed/code/results.
+What comes back is packed/results, and for `check` packed/code/results. On a GPU, sixteen runs at once need 74 to 105 seconds each if
+CUDA's multi-process service is on (`nvidia-cuda-mps-control -d`).
 """
 import argparse
 import io
@@ -21,6 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 THERE = re.compile(r'torch|torchvision|triton|nvidia-.*|cuda-.*') # What the other machine brings
+NEEDS = ('fastai','timm','safetensors','pandas','matplotlib','pillow','scipy','pytest','hypothesis','torchmetrics')
 GO = """#!/bin/sh
 # Unpack, install what is missing, and make the runs of a plan, or check the GPU:
 #   sh go.sh PLAN [options of benchmarks/camvid/run.py]
@@ -70,7 +72,7 @@ def needed(names):
         queue += [r.name for r in map(Requirement, dist.requires or []) if r.marker is None or r.marker.evaluate({'extra':''})]
     return found
 
-def pack(out, data, weights=None, quality=95, wheels=False):
+def pack(out, data, weights=None, quality=95, wheels=None, python=None):
     "Fill the folder `out`."
     out.mkdir(parents=True) # Refuses a folder that is there
     for o in ('dropclass','benchmarks','tests'): shutil.copytree(ROOT/o, out/'code'/o, ignore=shutil.ignore_patterns('__pycache__'))
@@ -80,10 +82,12 @@ def pack(out, data, weights=None, quality=95, wheels=False):
     (out/'code'/'COMMIT').write_text(commit or 'unknown')
     pack_images(data, out/'camvid.tar', quality)
     (out/'go.sh').write_text(GO)
-    if wheels:
-        names = ['fastai','timm','safetensors','pandas','matplotlib','pillow','scipy','pytest','hypothesis','torchmetrics']
-        wanted = [f'{k}=={v}' for k,v in sorted(needed(names).items())]
-        subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary', ':all:', '--dest', out/'wheels', *wanted], check=True)
+    if wheels is not None:
+        found = {o:distribution(o).version for o in wheels} if wheels else needed(NEEDS)
+        wanted = [f'{k}=={v}' for k,v in sorted(found.items())]
+        other = ['--python-version', python] if python else []
+        subprocess.run([sys.executable, '-m', 'pip', 'download', '--quiet', '--no-deps', '--only-binary', ':all:', *other,
+                        '--dest', out/'wheels', *wanted], check=True)
     size = sum(o.stat().st_size for o in out.rglob('*') if o.is_file())/2**20
     print(f"{out}: {size:.0f} MiB; there: sh {out.name}/go.sh gpu --jobs 6")
 
@@ -93,8 +97,9 @@ def main():
     parser.add_argument('--data', type=Path, required=True, help="SegNet's copy of CamVid")
     parser.add_argument('--weights', type=Path, help='folder of the file of trained weights that a plan names')
     parser.add_argument('--quality', type=int, default=95, help='JPEG quality of the images; 0 copies the files')
-    parser.add_argument('--wheels', action='store_true', help='add wheels of what dropclass needs beside torch and torchvision')
+    parser.add_argument('--wheels', nargs='*', metavar='NAME', help='add wheels of these, or, without a name, of all that dropclass needs beside torch and torchvision')
+    parser.add_argument('--python', metavar='VERSION', help='version of Python there, such as 3.12, for the wheels; that of this one')
     args = parser.parse_args()
-    pack(args.out, args.data, args.weights, args.quality, args.wheels)
+    pack(args.out, args.data, args.weights, args.quality, args.wheels, args.python)
 
 if __name__=='__main__': main()

@@ -106,8 +106,8 @@ def tile_numbers(
     threads = torch.get_num_threads()
     return 2**17 if threads==1 else 2**19*threads
 
-@lru_cache
-def _pool(pid, workers): return ThreadPoolExecutor(workers, 'dropclass') # One per process: threads do not survive a fork
+@lru_cache # One per process: threads do not survive a fork
+def _pool(pid, workers): return ThreadPoolExecutor(workers, 'dropclass')
 
 def map_bands(
     f, # Function of one argument
@@ -117,7 +117,8 @@ def map_bands(
     "Map a function over bands, on several threads if there are several bands."
     bands = list(bands)
     if workers==1 or len(bands)==1 or torch.compiler.is_compiling(): return map(f, bands)
-    return _pool(os.getpid(), workers).map(torch.no_grad()(f), bands) # A new thread does not know that gradients are off
+    # A new thread does not know that gradients are off
+    return _pool(os.getpid(), workers).map(torch.no_grad()(f), bands)
 
 # %% ../nbs/35_fused.ipynb #20357f26
 def resize_tile(
@@ -212,7 +213,8 @@ def full_precision(
     switches = []
     try: old = torch.get_float32_matmul_precision()
     except RuntimeError: # PyTorch's newer switches, one per backend, are in use: these two do not mix
-        old,switches = 'highest',[(o, o.fp32_precision) for o in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
+        old,switches = 'highest',[(o, o.fp32_precision)
+                                  for o in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
     if old!='highest': torch.set_float32_matmul_precision('highest')
     for o,_ in switches: o.fp32_precision = 'ieee'
     try:
@@ -240,7 +242,8 @@ def sweep_band(
         sums[0] += loss
         if prob is not None: sums[1] += prob.sum()
         for m,((u,v),g) in enumerate(zip(mixtures, grads), 1):
-            g[...,j] += spread_tile(tile_gradient(z, exp_sum, prob, terms, class_weight, dropped_class, u, v, m==len(mixtures)), R, Q)
+            grad = tile_gradient(z, exp_sum, prob, terms, class_weight, dropped_class, u, v, m==len(mixtures))
+            g[...,j] += spread_tile(grad, R, Q)
     return sums, grads
 
 # %% ../nbs/35_fused.ipynb #3977b961
@@ -269,8 +272,10 @@ def sweep_tiles(
     wanted = [m for m,pair in enumerate(mixtures) if any(pair)]
     weights = [(mixtures[m][0]/count, mixtures[m][1]/target.numel()) for m in wanted]
     bands = list(product(range(N), rows))
-    f = lambda o: sweep_band(o, cols, weights, class_weight, (weight is not None, ignore_index, label_smoothing), dropped_class, shift)
-    for (n,(_,i,_)),(part,found) in zip(bands, map_bands(f, [(x[n,i], target[n,r], R) for n,(r,i,R) in bands], workers)):
+    f = lambda o: sweep_band(o, cols, weights, class_weight, (weight is not None, ignore_index, label_smoothing),
+                             dropped_class, shift)
+    inputs = [(x[n,i], target[n,r], R) for n,(r,i,R) in bands]
+    for (n,(_,i,_)),(part,found) in zip(bands, map_bands(f, inputs, workers)):
         sums += part
         for m,g in zip(wanted, found): grads[m][n,i] += g
     return torch.stack([sums[0]/count, sums[1]/target.numel()]), grads
@@ -303,7 +308,8 @@ class FusedLoss(torch.autograd.Function):
     ) -> tuple: # Gradient of the small logits (N,C,h1,w1), in their type, and None for the rest
         "Scale the stored gradients."
         if torch.is_grad_enabled():
-            raise RuntimeError("A fused loss has no second derivative: call backward without `create_graph=True`, or use F.interpolate and F.cross_entropy")
+            raise RuntimeError("A fused loss has no second derivative: call backward without `create_graph=True`, or "
+                               "use F.interpolate and F.cross_entropy")
         grad = sum(a*o for a,o in zip(grad_losses, ctx.saved_tensors))
         return grad.transpose(1, 2).to(ctx.dtype).contiguous(), None, None, None, None
 
@@ -317,29 +323,41 @@ def check_inputs(
 ) -> tuple: # Both as plain tensors, labels as int64
     "Refuse logits and labels that do not fit each other."
     logits,target = plain_tensor(logits),plain_tensor(target)
-    if logits.dim()!=4 or not logits.is_floating_point(): raise ValueError(f"`logits` must be floats of shape (N,C,h1,w1), got {logits.dtype} of shape {tuple(logits.shape)}")
+    if logits.dim()!=4 or not logits.is_floating_point():
+        raise ValueError(f"`logits` must be floats of shape (N,C,h1,w1), got {logits.dtype} of shape "
+                         f"{tuple(logits.shape)}")
     if target.is_floating_point():
-        raise TypeError(f"`target` must hold class labels (integers), got {target.dtype}: convert with `.long()`, or take the argmax of probabilities")
+        raise TypeError(f"`target` must hold class labels (integers), got {target.dtype}: convert with `.long()`, or "
+                        f"take the argmax of probabilities")
     if target.dim()!=3 or len(target)!=len(logits) or not target.numel():
-        raise ValueError(f"`target` must have shape ({len(logits)},h,w) to fit logits {tuple(logits.shape)}, got {tuple(target.shape)}"
-                         + (": take off the axis of one channel, `target[:,0]`" if target.dim()==4 and target.shape[1]==1 else ""))
+        raise ValueError(f"`target` must have shape ({len(logits)},h,w) to fit logits {tuple(logits.shape)}, got "
+                         f"{tuple(target.shape)}"
+                         + (": take off the axis of one channel, `target[:,0]`" if target.dim()==4
+                            and target.shape[1]==1 else ""))
     C,target = logits.shape[1],target.long()
-    if ignore_index==VOID<C: raise ValueError(f"Label {VOID} is one of {C} classes, so it cannot be void as well: give another `ignore_index`, -100 say")
+    if ignore_index==VOID<C:
+        raise ValueError(f"Label {VOID} is one of {C} classes, so it cannot be void as well: give another "
+                         f"`ignore_index`, -100 say")
     if weight is not None and check_weight(weight).shape!=(C,):
         raise ValueError(f"`weight` must have one entry for each of {C} classes, got shape {tuple(weight.shape)}")
     check_class(dropped_class, C)
     if target.device.type=='cpu':
         wrong = ((target<0)|(target>=C))&(target!=ignore_index)
-        if wrong.any(): raise IndexError(f"Target {int(target[wrong][0])} is out of bounds: labels are 0..{C-1}, or {ignore_index} (`ignore_index`) for void")
+        if wrong.any():
+            raise IndexError(f"Target {int(target[wrong][0])} is out of bounds: labels are 0..{C-1}, or "
+                             f"{ignore_index} (`ignore_index`) for void")
     return logits, target
 
 # %% ../nbs/35_fused.ipynb #debe6b30
-def _apply(logits, target, mixtures, dropped_class=None, weight=None, ignore_index=VOID, label_smoothing=0., tile=None, **options):
+def _apply(logits, target, mixtures, dropped_class=None, weight=None, ignore_index=VOID, label_smoothing=0., tile=None,
+           **options):
     "Check, then run `FusedLoss`."
     weight = None if weight is None else plain_tensor(weight).detach()
     logits,target = check_inputs(logits, target, weight, ignore_index, dropped_class)
-    if tile is not None and not (len(tile)==2 and min(tile)>=1): raise ValueError(f"`tile` must be (rows, columns), both at least 1, got {tile}")
-    options.update(dropped_class=dropped_class, weight=weight, ignore_index=ignore_index, label_smoothing=check_unit(label_smoothing, 'label_smoothing'), tile=tile)
+    if tile is not None and not (len(tile)==2 and min(tile)>=1):
+        raise ValueError(f"`tile` must be (rows, columns), both at least 1, got {tile}")
+    options.update(dropped_class=dropped_class, weight=weight, ignore_index=ignore_index,
+                   label_smoothing=check_unit(label_smoothing, 'label_smoothing'), tile=tile)
     return FusedLoss.apply(logits, target, mixtures, logits.requires_grad and torch.is_grad_enabled(), options)
 
 # %% ../nbs/35_fused.ipynb #75b2b00c
@@ -354,7 +372,8 @@ def resize_cross_entropy(
     tile:tuple|None=None, # Rows and columns of a tile; None chooses
 ) -> Tensor: # Scalar loss, float32 or float64; 0 where nothing counts
     "Compute the cross-entropy of bilinearly resized logits without resizing them all at once."
-    losses,_ = _apply(logits, target, [(1., 0.)], None, weight, ignore_index, label_smoothing, tile, normalize=normalize, align_corners=align_corners)
+    losses,_ = _apply(logits, target, [(1., 0.)], None, weight, ignore_index, label_smoothing, tile,
+                      normalize=normalize, align_corners=align_corners)
     return losses[0]
 
 # %% ../nbs/35_fused.ipynb #b8d334f0
@@ -371,7 +390,8 @@ def resize_drop_losses(
 ) -> tuple: # Two scalars: masked loss of Eq. (6), suppression of Eq. (8)
     "Compute both losses of the drop path from small logits."
     mixtures = [(1., 0.)] if dropped_class is None else [(1., 0.), (0., 1.)]
-    losses,parts = _apply(drop_logits, target, mixtures, dropped_class, weight, ignore_index, label_smoothing, tile, normalize=normalize, align_corners=align_corners)
+    losses,parts = _apply(drop_logits, target, mixtures, dropped_class, weight, ignore_index, label_smoothing, tile,
+                          normalize=normalize, align_corners=align_corners)
     return losses[0], parts[1] if dropped_class is None else losses[1]
 
 # %% ../nbs/35_fused.ipynb #9413971b
@@ -383,19 +403,25 @@ def resize_dropclass_loss(
     lam:float, # Weight of the drop path, lambda, in [0,1]
     alpha:float=1., # Weight of the suppression term, at least 0; the paper's is 10
     masked_weights:bool|None=None, # Do the class weights count in Eq. (6) too? None: no
-    **options, # `weight`, `ignore_index`, `label_smoothing`, `normalize`, `align_corners`, `tile`, as in `resize_cross_entropy`
+    **options, # The other options of `resize_cross_entropy`
 ) -> tuple: # Total loss, Eq. (9), and its parts (3,): plain, masked, suppression (not differentiable)
     "Compute the total loss of a training step from the small logits of both paths."
     lam = check_unit(lam, 'lam')
-    if not alpha>=0: raise ValueError(f"`alpha` must be at least 0, got {alpha}: 10 is the paper's, 0 turns the suppression off")
+    if not alpha>=0:
+        raise ValueError(f"`alpha` must be at least 0, got {alpha}: 10 is the paper's, 0 turns the suppression off")
     defaults = dict(normalize='valid', align_corners=False)
     masked = options if masked_weights else {**options, 'weight':None}
-    paths = [('logits', logits, (1-lam, 0.), None, options), ('drop_logits', drop_logits, (lam, 0. if dropped_class is None else float(alpha)), dropped_class, masked)]
+    paths = [('logits', logits, (1-lam, 0.), None, options),
+             ('drop_logits', drop_logits, (lam, 0. if dropped_class is None else float(alpha)), dropped_class, masked)]
     total,parts = 0.,[]
     for name,x,mixture,z,kwargs in paths:
-        if x is None and any(mixture): raise ValueError(f"`{name}` is None, but its path has a weight at lam={lam}, alpha={alpha}, dropped_class={dropped_class}: pass the logits")
-        losses,part = (None,target.new_full((2,), float('nan'), dtype=torch.float32)) if x is None else _apply(x, target, [mixture], z, **{**defaults, **kwargs})
-        total = total if x is None else total+losses[0]
+        if x is None and any(mixture):
+            raise ValueError(f"`{name}` is None, but its path has a weight at lam={lam}, alpha={alpha}, "
+                             f"dropped_class={dropped_class}: pass the logits")
+        if x is None: part = target.new_full((2,), float('nan'), dtype=torch.float32)
+        else:
+            losses,part = _apply(x, target, [mixture], z, **{**defaults, **kwargs})
+            total = total+losses[0]
         parts.append(part)
     return total, torch.stack([parts[0][0], *parts[1]])
 
@@ -443,7 +469,8 @@ def find_resize(
     "Tell whether a model's output is its small logits, bilinearly resized."
     logits,out = plain_tensor(logits).detach()[:1],plain_tensor(out).detach()[:1]
     if out.dim()!=4 or out.shape[:2]!=logits.shape[:2]: return None
-    if tol is None: tol = 2e-2 if torch.float16 in (logits.dtype, out.dtype) or torch.bfloat16 in (logits.dtype, out.dtype) else 1e-4
+    half = {torch.float16,torch.bfloat16} & {logits.dtype,out.dtype}
+    if tol is None: tol = 2e-2 if half else 1e-4
     most = tol*logits.abs().max().float()
     for align_corners in (False, True):
         want = F.interpolate(logits.float(), size=out.shape[2:], mode='bilinear', align_corners=align_corners)

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from dropclass.core import step_generator
 from dropclass.features import average_kept, class_features, class_scale, drop_features, dropped_class, sample_keep_mask
-from dropclass.importance import (autograd_importance, conv_importance, exact_conv_importance, importance_cosine, iter_importance,
+from dropclass.importance import (autograd_importance, conv_importance, exact_conv_importance, importance_cosine,
+                                  iter_importance,
                                   resize_adjoint)
 
 settings.register_profile('method', max_examples=60, deadline=None, derandomize=True)
@@ -29,7 +30,8 @@ def rand(*shape, seed=0, grad=False):
 def resized(logits, out_size, align_corners=False, mode='bilinear'):
     "Resize as a network does; modes without corners get none."
     if out_size is None: return logits
-    return F.interpolate(logits, out_size, mode=mode, align_corners=align_corners if mode in ('bilinear', 'bicubic') else None)
+    return F.interpolate(logits, out_size, mode=mode,
+                         align_corners=align_corners if mode in ('bilinear', 'bicubic') else None)
 
 
 def max_diff(a, b): return (a-b).abs().max().item()
@@ -75,7 +77,8 @@ def test_closed_form_is_autograd(head, n):
 def test_closed_form_has_the_gradients_of_autograd(head, seed):
     conv,size,out_size,align_corners,mode = head
     exact = exact_conv_importance(conv, size, out_size, align_corners, mode)
-    slow = autograd_importance(lambda o: resized(conv(o), out_size, align_corners, mode), rand(1, conv.in_channels, *size, seed=1), detach=False)[0]
+    slow = autograd_importance(lambda o: resized(conv(o), out_size, align_corners, mode),
+                               rand(1, conv.in_channels, *size, seed=1), detach=False)[0]
     probe = rand(*exact.shape, seed=seed)
     a,b = (torch.autograd.grad((probe*o.relu()).sum(), conv.weight)[0] for o in (exact, slow))
     assert max_diff(a, b)<1e-12
@@ -88,7 +91,8 @@ def test_mean_form_of_a_1x1_is_the_spatial_mean(size, out_size, align_corners, m
     exact = exact_conv_importance(conv, size, out_size, align_corners, mode).detach()
     mean = conv_importance(conv).detach()
     assert max_diff(exact.mean((-2,-1))*size[0]*size[1], mean)<1e-12
-    for cosine,size_ in zip(importance_cosine(mean, exact.mean((-2,-1))), mean.norm(dim=1)): assert size_<1e-6 or abs(cosine.item()-1)<1e-9
+    for cosine,size_ in zip(importance_cosine(mean, exact.mean((-2,-1))), mean.norm(dim=1)):
+        assert size_<1e-6 or abs(cosine.item()-1)<1e-9
 
 
 @given(st.integers(1, 7), st.integers(1, 7))
@@ -102,7 +106,8 @@ def test_mean_form_is_the_interior_of_the_exact_map(kernel, dilation):
 
 @given(st.integers(1, 4), st.integers(1, 6), st.one_of(st.none(), st.integers(1, 8)), seeds)
 def test_chunks_change_nothing(n, num_classes, chunk, seed):
-    head = nn.Sequential(nn.Conv2d(3, num_classes, 3, padding=1), nn.BatchNorm2d(num_classes), nn.Dropout(.5), nn.GELU()).double()
+    head = nn.Sequential(nn.Conv2d(3, num_classes, 3, padding=1), nn.BatchNorm2d(num_classes), nn.Dropout(.5),
+                         nn.GELU()).double()
     features = rand(n, 3, 4, 5, seed=seed)
     whole = autograd_importance(head, features)
     parts = list(iter_importance(head, features, chunk=chunk))
@@ -112,7 +117,9 @@ def test_chunks_change_nothing(n, num_classes, chunk, seed):
     assert all(o.training for o in head.modules()) and all(p.grad is None for p in head.parameters())
 
 
-@pytest.mark.parametrize('conv', [nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, padding=1, padding_mode='reflect')])
+@pytest.mark.parametrize('conv',
+                         [nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 3, groups=2),
+                          nn.Conv2d(4, 4, 3, padding=1, padding_mode='reflect')])
 def test_convolutions_without_closed_form_point_to_autograd(conv):
     with pytest.raises(ValueError, match='autograd_importance'): exact_conv_importance(conv, (5, 5))
     assert autograd_importance(conv, torch.rand(1, 4, 5, 5)).shape==(1, 4, 4, 5, 5)

@@ -20,14 +20,13 @@ def ways(model, batches, spec):
     "The three ways as functions; each returns its counts."
     paint = make_fill('mean', image_stats(batches, 'cpu', None), 0)
     count = lambda x,y: image_counts(model, x, y, spec).sum(0)
-    def without(x, y, c,
-                start): return torch.stack([erase(image, labels==c, paint, start+i) for i,
-                                            (image,labels) in enumerate(zip(x, y))])
+    def without(x, y, c, start):
+        return torch.stack([erase(image, labels==c, paint, start+i) for i,(image,labels) in enumerate(zip(x, y))])
     @torch.no_grad()
     def evaluate(_=0): return sum(count(x, y) for x,y in batches)
     @torch.no_grad()
-    def naive(_=0): return evaluate(),torch.stack([sum(count(without(x, y, c, n*len(x)), y) for n,
-                                                       (x,y) in enumerate(batches)) for c in range(len(spec))])
+    def naive(_=0): return evaluate(),torch.stack([sum(count(without(x, y, c, n*len(x)), y)
+                                                       for n,(x,y) in enumerate(batches)) for c in range(len(spec))])
     return dict(evaluate=evaluate, audit=lambda _=0: colocation(model, batches, spec), naive=naive)
 
 

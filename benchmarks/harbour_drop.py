@@ -30,8 +30,8 @@ def measure(model):
     biased, unbiased = ([harbour(32, bias, seed=9)] for bias in (1., 0.))
     effect = drop_effect(model, biased, HARBOUR)
     pairs = compare_removals(effect, colocation(model, biased, HARBOUR)).set_index(['removed', 'class'])
-    things = {k: 100*class_iou(o.confusion)[THINGS].mean().item() for k,
-              o in dict(biased=effect, unbiased=drop_effect(model, unbiased, HARBOUR)).items()}
+    things = {k: 100*class_iou(o.confusion)[THINGS].mean().item()
+              for k,o in dict(biased=effect, unbiased=drop_effect(model, unbiased, HARBOUR)).items()}
     return {**pairs.loc[('water', 'boat')].to_dict(), **things}
 
 

@@ -66,8 +66,8 @@ def main(
         plain = median(o[0] for o in times['whole step, plain'])
         new = [setting(arch, parse_size(size), len(x), classes, rounds, threads, device)
                | dict(part=k, wall_ms=round(median(o[0] for o in v), 1),
-               cpu_ms=round(median(o[1] for o in v), 1), share=round(median(o[0] for o in v)/plain, 3)) for k,
-               v in times.items()]
+               cpu_ms=round(median(o[1] for o in v), 1), share=round(median(o[0] for o in v)/plain, 3))
+               for k,v in times.items()]
         show(new, ['arch', 'part', 'wall_ms', 'cpu_ms', 'share'])
         rows += new
         write_csv(rows, csv)

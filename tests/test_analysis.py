@@ -71,8 +71,8 @@ def test_tables_are_shipped(tmp_path):
 def naive(model, images, spec, fill, stats, seed=0):
     "Evaluate every image and every copy, one image at a time, with nothing shared."
     paint,C = make_fill(fill, stats, seed),len(spec)
-    run = lambda change: sum(evaluate(model, [(change(x, y, i)[None], y[None])], C, spec.ignore_index) for i,
-                             (x,y) in enumerate(images))
+    run = lambda change: sum(evaluate(model, [(change(x, y, i)[None], y[None])], C, spec.ignore_index)
+                             for i,(x,y) in enumerate(images))
     return run(lambda x,y,i: x),torch.stack([run(lambda x,y,i: erase(x, y==c, paint, i)) for c in range(C)])
 
 def wide_net(C, seed=0):

@@ -628,10 +628,9 @@ def test_two_classes_and_a_loss_without_pixels():
     "With two classes a loss that gives one value per class is refused before the first step, too."
     class PerClass:
         reduction = 'mean'
-        def __call__(self, logits,
-                     target): return (losses := logits.transpose(0,
-                                                                 1).flatten(1).mean(
-                                                                     1)) if self.reduction=='none' else losses.mean()
+        def __call__(self, logits, target):
+            losses = logits.transpose(0, 1).flatten(1).mean(1)
+            return losses if self.reduction=='none' else losses.mean()
     cb = DropClassCallback(masked_weights=True)
     with pytest.raises(ValueError, match='must give one value per pixel'):
         toy_learner(2, loss_func=PerClass()).fit(1, cbs=cb)

@@ -133,8 +133,9 @@ def test_arms_of_one_seed_share_weights_and_data_order(tmp_path):
     class Watch(Callback):
         "Keeps the first weights and all images."
         order = 4
-        def before_fit(self): self.learn.first = {k:v.clone() for k,
-                                                  v in self.learn.model.state_dict().items() if 'classifier' not in k
+        def before_fit(self): self.learn.first = {k:v.clone()
+                                                  for k,v in self.learn.model.state_dict().items()
+                                                  if 'classifier' not in k
                                                   and 'compensation' not in k and 'drop_trained' not in k}
         def before_batch(self):
             if self.training: seen.setdefault(self.learn.first_key, []).append(self.xb[0].sum().item())

@@ -78,8 +78,8 @@ def from_above(graph, floor):
 
 def private(found):
     "Imports of names that belong to another module alone."
-    return {(k, module, o) for k,v in found.items() for module,
-            o in v if o and o.startswith('_') and not o.startswith('__')}
+    return {(k, module, o) for k,v in found.items()
+            for module,o in v if o and o.startswith('_') and not o.startswith('__')}
 
 
 @pytest.fixture(scope='module')

@@ -225,8 +225,8 @@ def test_something_to_see(path):
     sees = bool(re.search(r'^\|[ :]*-+|^!\[', prose(path), flags=re.MULTILINE)) or any('image/png' in o
                                                                                        or 'image/jpeg' in o
                                                                                        or 'image/svg+xml' in o
-                                                                                       or 'text/html' in o for _,
-                                                                                       o in shown(path))
+                                                                                       or 'text/html' in o
+                                                                                       for _,o in shown(path))
     assert sees or name(path) in NOTHING_TO_SEE, 'no picture, plot or table'
     assert not sees or name(path) not in NOTHING_TO_SEE, 'take it off the list'
 
@@ -318,8 +318,9 @@ def test_sections_have_one_name():
     heads = dict(re.findall(r'^## (.+)$[^#]*?^::: \{#(\w+)\}', (nbs/'reference.qmd').read_text(), flags=re.MULTILINE))
     pages = {o['id']: sorted(p.name for glob in o['contents'] for p in nbs.glob(glob))
              for o in front['reference.qmd']['listing']}
-    assert {name: pages[o] for name,
-            o in heads.items()}=={o['section']: sorted(o['contents']) for o in sections['reference.qmd']['contents']}
+    assert {name: pages[o]
+            for name,o in heads.items()}=={o['section']: sorted(o['contents'])
+                                           for o in sections['reference.qmd']['contents']}
 
 
 def test_site_settings():
@@ -384,8 +385,8 @@ def built(tmp_path_factory):
                         ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
     (dest/'quarto').write_text('#!/bin/sh\n') # nbdev only asks whether it is there, and would go and fetch it
     (dest/'quarto').chmod(0o755)
-    path = {o: os.pathsep.join([*map(str, own), os.environ[o]]) for o,
-            own in (('PATH', [dest]), ('PYTHONPATH', [root/'tests/offline', dest]))}
+    path = {o: os.pathsep.join([*map(str, own), os.environ[o]])
+            for o,own in (('PATH', [dest]), ('PYTHONPATH', [root/'tests/offline', dest]))}
     res = subprocess.run([Path(sys.executable).with_name('nbdev-proc-nbs')], cwd=dest, env={**os.environ, **path},
                          text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert res.returncode==0, res.stdout[-3000:]

@@ -352,8 +352,8 @@ class Gated(ToyNet):
 
 class Bicubic(ToyNet):
     "Overshoots below zero."
-    def forward(self,
-                x): return self.classifier(F.interpolate(self.backbone(x).sigmoid(), scale_factor=2, mode='bicubic'))
+    def forward(self, x):
+        return self.classifier(F.interpolate(self.backbone(x).sigmoid(), scale_factor=2, mode='bicubic'))
 
 
 class Doubled(ToyNet):

@@ -159,7 +159,8 @@ def test_drop_explorer_follows_its_slider(page):
     drag(page, handles[1], -400)
     wait(lambda: '; 0 pixels changed' in text(page, 1), 'sentence about nothing dropped')
     after = wait(lambda: (o := picture_of(page, 1)) and o!=before and o, 'new picture')
-    drag(page, handles[0], 60) # Another image
+    drag(page, handles[0], 80) # Another image
+    wait(lambda: 'boat: 0 pixels' not in text(page, 1), 'image in which the boat is found')
     other = wait(lambda: (o := picture_of(page, 1)) and o not in (before, after) and o, 'picture of another image')
     drag(page, handles[1], 400)
     wait(lambda: (o := picture_of(page, 1)) and o!=other, 'picture of the other image without the class')

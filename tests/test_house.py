@@ -196,18 +196,6 @@ nbs/70_run.experiment.ipynb
 nbs/73_run.distributed.ipynb
 nbs/75_run.audit.ipynb
 nbs/benchmarks/10_training_step.ipynb
-nbs/benchmarks/20_growth.ipynb
-nbs/benchmarks/30_memory_data_audit.ipynb
-nbs/explanations/05_why_drop_classes.ipynb
-nbs/explanations/10_algorithm_1.ipynb
-nbs/explanations/15_paper_to_code.ipynb
-nbs/explanations/20_choices_and_deviations.ipynb
-nbs/explanations/30_any_network.ipynb
-nbs/explanations/40_many_machines.ipynb
-nbs/tutorials/20_your_model_and_data.ipynb
-nbs/tutorials/30_reading_an_audit.ipynb
-nbs/tutorials/40_explore_with_widgets.ipynb
-nbs/tutorials/50_plain_pytorch.ipynb
 '''.split())
 
 

@@ -24,7 +24,8 @@ from .features import dropped_class, sample_keep_mask
 from .fused import fuses, resize_dropclass_loss
 from .head import HEAD_CHOICES, HEAD_OPTIONS, split_paths
 from .history import DropClassHistory
-from .learner import add_head, class_names, extend_optimizer, may_read_pred, only_predicts, show_pixel, take_answer
+from .learner import add_head, class_names, extend_optimizer, may_read_pred
+from .learner import only_predicts, show_pixel, take_answer
 from .losses import StepPaths, check_per_pixel, check_void, choose_paths, cross_entropy_options
 from .losses import drop_path_losses, get_ignore_index, has_labels, strip_weights, total_loss
 from .ranks import pixel_shares, shared_weights
@@ -95,7 +96,8 @@ def leave(self:DropClassCallback):
     self.log.remove_columns()
     self.learn.remove_cb(self.log)
 
-for o in ('rows','history','plot_schedule','plot_losses'): setattr(DropClassCallback, o, property(attrgetter(f'log.{o}')))
+for o in ('rows','history','plot_schedule','plot_losses'):
+    setattr(DropClassCallback, o, property(attrgetter(f'log.{o}')))
 
 # %% ../nbs/30_callback.ipynb #18b10cfd
 @patch
@@ -284,7 +286,8 @@ def blend(self:DropClassCallback,
     "Compute the total loss, Eq. (9)."
     plan,target,weighted = self.now,self.yb[0],self.masked_weights
     if plan.resize is not None:
-        total,parts = resize_dropclass_loss(*plan.logits, target, plan.dropped_class, lam, alpha, weighted, **plan.resize)
+        z = plan.dropped_class
+        total,parts = resize_dropclass_loss(*plan.logits, target, z, lam, alpha, weighted, **plan.resize)
         return (total, *parts)
     parts = [None if plan.paths.path=='drop' else plain, None, None]
     if plan.paths.path!='plain':

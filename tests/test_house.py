@@ -191,7 +191,6 @@ nbs/11_features.ipynb
 nbs/12_losses.ipynb
 nbs/13_schedules.ipynb
 nbs/23_models.ipynb
-nbs/30_callback.ipynb
 nbs/33_rivals.ipynb
 nbs/35_fused.ipynb
 nbs/36_ranks.ipynb

@@ -20,7 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dropclass.callback import PARTS, DropClassCallback
+from dropclass.callback import DropClassCallback
+from dropclass.history import PARTS
 from dropclass.core import VOID
 from dropclass.head import compensation_block
 from dropclass.surgery import add_dropclass, get_head, remove_dropclass

@@ -25,7 +25,7 @@ FLOORS = dict(
     method='importance features losses schedules fused',
     network='models head surgery fold ranks',
     measuring='metrics stats',
-    training='callback rivals paste prior',
+    training='learner history callback rivals paste prior',
     data='data',
     analysis='analysis',
     run='run')
@@ -178,7 +178,6 @@ nbs/11_features.ipynb
 nbs/12_losses.ipynb
 nbs/13_schedules.ipynb
 nbs/23_models.ipynb
-nbs/30_callback.ipynb
 nbs/33_rivals.ipynb
 nbs/36_ranks.ipynb
 nbs/40_data.core.ipynb

@@ -8,7 +8,8 @@ from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 
-from dropclass.callback import PARTS, DropClassCallback
+from dropclass.callback import DropClassCallback
+from dropclass.history import PARTS
 from dropclass.core import VOID
 from dropclass.fused import resize_dropclass_loss
 from dropclass.head import split_paths

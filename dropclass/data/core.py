@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from fastcore.basics import GetAttr, num_cpus, patch
 from fastai.torch_basics import ItemTransform, Transform
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import IntToFloatTensor, Normalize, get_image_files
+from fastai.data.transforms import IntToFloatTensor, Normalize, image_extensions
 from fastai.losses import CrossEntropyLossFlat
 from fastai.learner import Learner
 from fastai.torch_core import TensorBase, TensorImage, TensorMask, default_device
@@ -195,11 +195,20 @@ def labels_from_colors(
     return torch.from_numpy(labels)
 
 # %% ../../nbs/40_data.core.ipynb #0f02d72a
+def _pictures(folder, above=()):
+    "The pictures of a folder and its subfolders; a link back to a folder above is not followed."
+    above,found = (*above, folder.resolve()),[]
+    for o in folder.iterdir():
+        if o.name.startswith('.'): continue
+        if not o.is_dir(): found += [o]*(o.suffix.lower() in image_extensions)
+        elif o.resolve() not in above: found += _pictures(o, above)
+    return found
+
 def _by_stem(folder, pattern):
     "Find the pictures whose name fits `pattern`, by subfolder and stem."
     if not Path(folder).is_dir(): raise FileNotFoundError(f"There is no folder {folder}")
     rule = re.compile(re.escape(pattern).replace(re.escape('{stem}'), '(.+)'))
-    files = sorted(get_image_files(folder))
+    files = sorted(_pictures(Path(folder)))
     if not files: raise ValueError(f"Folder {folder} holds no pictures: give the folder with the files")
     found = {}
     for o in files:

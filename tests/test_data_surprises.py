@@ -3,6 +3,7 @@ import json
 import math
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -265,3 +266,21 @@ def test_workers_of_a_configuration_are_the_data_sets_own(monkeypatch, tmp_path)
 def test_sizes_are_pairs(tmp_path, size):
     images,masks = write_toy_folder(tmp_path, n=10)
     with pytest.raises(ValueError, match='a height and a width'): folder_dls(images, masks, ['ground','wall','sky'], size=size)
+
+
+def test_links_that_lead_back_end(tmp_path):
+    "Two links to the folder above would make 2^40 paths; a linked folder elsewhere is searched."
+    images,masks = write_toy_folder(tmp_path, 4, 3)
+    for o in (images, masks):
+        for name in ('a','b'): (o/name).symlink_to('.')
+    for o in (images, masks): shutil.copytree(o, tmp_path/'more'/o.name, symlinks=True)
+    for o in (images, masks): (o/'linked').symlink_to(tmp_path/'more'/o.name)
+    found = [o.relative_to(images).as_posix() for o,_ in pair_files(images, masks)]
+    assert found==[f'{i:03}.png' for i in range(4)]+[f'linked/{i:03}.png' for i in range(4)]
+
+
+def test_a_folder_without_permission_says_so(tmp_path, monkeypatch):
+    images,masks = write_toy_folder(tmp_path, 2, 3)
+    def refuse(folder): raise PermissionError(13, 'Permission denied', str(folder))
+    monkeypatch.setattr(Path, 'iterdir', refuse)
+    with pytest.raises(PermissionError, match='Permission denied'): pair_files(images, masks)

@@ -142,6 +142,7 @@ def annotation_of(
 ): # Its annotation, else the type of its default; None where both say nothing
     "Find out what a parameter may be."
     if name in ('lam','drop_prob','p'): return float|str # A schedule, see `read_schedule`
+    if name=='n': return int # Of a loader, whose signature does not say it
     found = inspect.signature(function).parameters[name]
     if found.annotation is not found.empty: return found.annotation
     return type(found.default) if isinstance(found.default, (bool,int,float,tuple)) else None

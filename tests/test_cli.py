@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import dropclass.run.cli
 
-COMMANDS = ('train', 'compare', 'predict', 'demo', 'audit')
+COMMANDS = ('train', 'compare', 'predict', 'demo', 'audit', 'tune')
 # What pip writes for a console script
 SCRIPT = "import sys\nfrom dropclass.run.cli import {0}\nif __name__=='__main__': sys.exit({0}())\n"
 TINY = ['--bs', '4', '--size', '32x48', '--threads', '1', '--data-options', 'n_train=8,n_valid=4']
@@ -186,6 +186,14 @@ def test_a_broken_pipe_is_no_error(runs, start):
     assert 'Traceback' not in err and 'Error' not in err
 
 
+def test_tune_takes_a_run_and_a_grid(runs, command, tmp_path):
+    shutil.copytree(runs[0]/'plain', tmp_path/'run')
+    code,out,err = command('tune', tmp_path/'run', '--on', 'valid', '--taus=-1,-0.5,0')
+    assert code==0 and 'Written' in out, err
+    found = json.loads((tmp_path/'run'/'tuning.json').read_text())
+    assert [o['tau'] for o in found['curve']]==[-1., -.5, 0.]
+
+
 def test_predict_writes_masks_of_the_images_size(runs, start, tmp_path):
     rng = np.random.default_rng(0)
     for i,size in enumerate([(64,40), (51,33)]):
@@ -268,6 +276,8 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('predict', ['RUNS/plain', 'RUNS/plain/config.json', '--out', 'NEW'], 'Cannot read'),
     ('predict', ['RUNS/plain', 'RUNS/plain/examples.png', '--out', 'NEW', '--path-of', 'drop'],
      "`--path-of` must be one of 'plain'"),
+    ('tune', ['RUNS/plain', '--weights', '1,2'], '`--weights` is for --model'),
+    ('tune', ['RUNS/plain', '--taus', '0,x'], "numbers with commas between, '0.5,1,2' say, got '0,x'"),
     ('demo', ['--size', 'big'], "got 'big'"),
 ])
 def test_errors_are_one_line_and_exit_code_2(runs, command, tmp_path, monkeypatch, name, args, says):

@@ -6,10 +6,11 @@
 __all__ = ['in_command', 'command_words', 'one_line_errors', 'read_size', 'read_options', 'read_times', 'takers', 'annotation_of',
            'option_kinds', 'typed_options', 'without_suppression', 'check_used', 'make_config', 'folder_config',
            'default_folder', 'train_command', 'show_recipes', 'written', 'example_of', 'show_options', 'takes_settings',
-           'train', 'compare', 'predict', 'audit', 'tune', 'demo']
+           'train', 'compare', 'predict', 'audit', 'read_numbers', 'tune', 'demo']
 
 # %% ../../nbs/72_run.cli.ipynb #cfa621bb
 import inspect
+import math
 import os
 import re
 import sys
@@ -141,6 +142,7 @@ def annotation_of(
 ): # Its annotation, else the type of its default; None where both say nothing
     "Find out what a parameter may be."
     if name in ('lam','drop_prob','p'): return float|str # A schedule, see `read_schedule`
+    if name=='n': return int # Of a loader, whose signature does not say it
     found = inspect.signature(function).parameters[name]
     if found.annotation is not found.empty: return found.annotation
     return type(found.default) if isinstance(found.default, (bool,int,float,tuple)) else None
@@ -486,33 +488,54 @@ def audit(
         return files
 
 # %% ../../nbs/72_run.cli.ipynb #5b424849
-@call_parse
+def read_numbers(
+    text:str|None, # '0.5,1,2'; None stays None
+    name:str, # The option, for the error
+) -> list|None: # The numbers
+    "Read numbers with commas between."
+    try:
+        found = None if text is None else [float(o) for o in text.split(',')]
+        if found is None or all(map(math.isfinite, found)): return found
+    except ValueError: pass
+    raise ValueError(f"`{name}` must be numbers with commas between, '0.5,1,2' say, got {text!r}")
+
+def _check_tuned(run, model, others):
+    "Refuse to tune nothing, or two things, or with an option that would be ignored."
+    if (run is None)==(model is None):
+        raise ValueError("Give a run's folder, or --model with --arch and --data: one of the two")
+    given = [k for k,v in others.items() if v is not None]
+    if run is not None and given: raise ValueError(f"`--{given[0]}` is for --model, a run knows its own: leave it out")
+    if run is None and None in (others['arch'], others['data']):
+        raise ValueError("--model needs --arch, its architecture, and --data, labelled images")
+
+@call_parse(pos=['run'])
 def tune(
-    run:Annotated[Path, {'nargs':'?'}]=None, # A run's folder; tuning.json and tuning.png go there
+    run:Path=None, # A run's folder; tuning.json and tuning.png go there
     model:Path=None, # Weights of a network instead, .safetensors or .pth
     arch:str=None, # Its architecture: small, torchvision:NAME, timm:NAME, smp:ARCH:ENCODER ...
     data:Path=None, # With --model: folder with images, masks and classes.txt, or a copy of CamVid
     weights:str=None, # With --model: class weights it was trained with, commas between (none)
     size:str=None, # With --model: height x width to bring the images to, such as 192x256
     on:str='valid', # Images of a run to tune on: valid, or train
+    # Values of tau to try: --taus=-1.5,-1,-0.5,0 for a network trained without weights, say (-0.5 to 1.5)
+    taus:str=None,
     metric:str='miou', # What to maximise: miou or rare_miou
     out:Path=None, # With --model: folder for tuning.json and tuning.png (tuning)
     debug:bool=False, # Show the traceback of an error
 ):
     "Find in one pass how far the class bias of a trained network should be taken back."
     with one_line_errors(debug, lambda: "Nothing was written."):
+        from dropclass.prior import TAUS
         from dropclass.run.experiment import load_run
         from dropclass.run.tune import save_tuning, tune_file, tune_run
-        if (run is None)==(model is None):
-            raise ValueError("Give a run's folder, or --model with --arch and --data: one of the two")
+        _check_tuned(run, model, dict(arch=arch, data=data, weights=weights, size=size, out=out))
+        taus = read_numbers(taus, '--taus') or TAUS
         if run is not None:
             opened = load_run(run)
-            found,names,out = tune_run(opened, on, metric),list(opened.spec.names),run
-        elif arch is None or data is None:
-            raise ValueError("--model needs --arch, its architecture, and --data, labelled images")
+            found,names,out = tune_run(opened, on, metric, taus),list(opened.spec.names),run
         else:
-            given = None if weights is None else [float(o) for o in weights.split(',')]
-            found,names = tune_file(model, arch, data, given, read_size(size), metric)
+            given = read_numbers(weights, '--weights')
+            found,names = tune_file(model, arch, data, given, read_size(size), metric, taus)
         files = save_tuning(found, out or Path('tuning'), names)
         tables = '\n\n'.join(o.round(1).to_string() for o in (found.table(), found.classes(names)))
         print(_harmless(f"{found}\n\n{tables}\n\nWritten: {files[0]}, {files[1].name}"))

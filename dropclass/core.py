@@ -197,9 +197,10 @@ def writing(
 # %% ../nbs/00_core.ipynb #73ecf44a
 def printable(
     text:str, # Any text
-) -> str: # The same; control characters other than tabs and ends of lines are replaced
-    "Keep a text from steering a terminal."
-    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
+) -> str: # The same; what steers a terminal or turns the reading order is written as an escape, \x1b say
+    "Keep a text from steering a terminal; tabs and ends of lines stay."
+    steering = r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]' # The last: bytes of no text
+    return re.sub(steering, lambda m: m[0].encode('unicode_escape').decode(), text)
 
 # %% ../nbs/00_core.ipynb #d89ff66a
 def write_json(

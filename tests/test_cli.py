@@ -137,6 +137,21 @@ def test_class_names_do_not_steer_the_terminal(runs, command, tmp_path):
     assert code==2 and 'no' in err and '\x1b' not in err
 
 
+def test_no_name_steers_the_terminal(start, tmp_path):
+    "Names of classes and folders in the first line, in warnings, in the table and in an error."
+    from dropclass.data.core import write_toy_folder
+    write_toy_folder(tmp_path, 8, 3, (32,48))
+    (tmp_path/'classes.txt').write_text('a\nb\nc\n\x1b[2Jnever\n')
+    folder = ['folder', '--path', tmp_path, '--epochs', 1, '--bs', 4, '--threads', 1, '--out', tmp_path/'run\x1b[31m\u202e']
+    code,out,err = finish(start('train', *folder))
+    assert code==0, err
+    assert r'into' in out and r'run\x1b[31m\u202e' in out.splitlines()[0] and r'\x1b[2Jnever' in out
+    assert err.startswith(r'Warning: No training pixel is labelled \x1b[2Jnever') and 'warnings.warn' not in err
+    assert not {'\x1b','\u202e'} & {*out, *err}
+    code,out,err = finish(start('train', *folder))
+    assert code==2 and len(err.splitlines())==1 and r'run\x1b[31m' in err and '\x1b' not in err
+
+
 def test_seeds_are_taken_together(command, tmp_path):
     for seed in (0, 1, 2):
         for method in ('plain', 'ignore_label'):

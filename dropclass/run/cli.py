@@ -17,7 +17,7 @@ import sys
 import time
 import warnings
 from argparse import BooleanOptionalAction
-from contextlib import contextmanager, ExitStack
+from contextlib import contextmanager, ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import MISSING, asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -56,23 +56,41 @@ def command_words(
     text = re.sub(rf"\b({names})=(?:(True|False|[\d.]+)|'([^']*)')", given, text)
     return ' '.join(re.sub(rf'`({names})`', lambda m: f'`{flags[m[1]]}`', text).split())
 
-# %% ../../nbs/72_run.cli.ipynb #7a67c58a
-def _harmless(text):
-    "A text without what would steer a terminal."
-    from dropclass.core import printable
-    return printable(text)
+# %% ../../nbs/72_run.cli.ipynb #5ca1ab1e
+class _Harmless:
+    "A stream on which no name, of a class, file or folder, steers the terminal."
+    def __init__(self, stream): self.stream = stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+    def write(self, text):
+        from dropclass.core import printable
+        bar = text[:1]=='\r' # A progress bar draws over itself
+        return self.stream.write('\r'*bar+printable(text[bar:]))
 
+@contextmanager
+def _in_a_terminal(debug):
+    "In a command, print harmless text, and a warning as one line."
+    if not in_command():
+        yield
+        return
+    usual = warnings.formatwarning
+    warnings.filterwarnings('ignore', category=FutureWarning)
+    if not debug: warnings.formatwarning = lambda message, *_: f"Warning: {command_words(message)}\n"
+    try:
+        with redirect_stdout(_Harmless(sys.stdout)), redirect_stderr(_Harmless(sys.stderr)): yield
+    finally: warnings.formatwarning = usual
+
+# %% ../../nbs/72_run.cli.ipynb #7a67c58a
 @contextmanager
 def one_line_errors(
     debug:bool=False, # Show the traceback?
     interrupted=lambda: "", # Makes the sentence that says, after Ctrl-C, what is left
 ):
     "In a command, make one line of what the user can mend (exit code 2), a diverged training (1) and Ctrl-C (130)."
-    if in_command(): warnings.filterwarnings('ignore', category=FutureWarning)
-    try: yield
+    try:
+        with _in_a_terminal(debug): yield
     except KeyboardInterrupt:
         if not in_command(): raise
-        print(f"\nInterrupted. {interrupted()}".rstrip(), file=sys.stderr)
+        print(f"\nInterrupted. {interrupted()}".rstrip(), file=_Harmless(sys.stderr))
         raise SystemExit(130) from None
     except BrokenPipeError: # The reader, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,7 +99,8 @@ def one_line_errors(
         if debug or not in_command(): raise
         diverged = isinstance(e, FloatingPointError) # What may befall any one of several processes
         if diverged or os.environ.get('LOCAL_RANK', '0')=='0':
-            print(_harmless(f"Error: {command_words(e, '--path' if is_cli(train) else '--path-of')}"), file=sys.stderr)
+            said = f"Error: {command_words(e, '--path' if is_cli(train) else '--path-of')}"
+            print(said, file=_Harmless(sys.stderr))
         raise SystemExit(1 if diverged else 2) from None
 
 # %% ../../nbs/72_run.cli.ipynb #01c074b6
@@ -251,7 +270,7 @@ def default_folder(
 def _report(run):
     "Print a finished run: classes, means, picture."
     from dropclass.run.compare import comparison, format_comparison
-    print('\n'+_harmless(format_comparison(comparison(run))))
+    print('\n'+format_comparison(comparison(run)))
     for test in [o for o in run.metrics['tests'] if o!='valid']:
         means = comparison(run, test).iloc[-2:,-1]
         print(f"On the {test} test set: mIoU {means['mIoU']:.1f}, rare mIoU {means['rare mIoU']:.1f}")
@@ -421,7 +440,7 @@ def compare(
         from dropclass.run.compare import save_comparison, show_comparison
         from dropclass.run.tuned import tuned_text
         df = show_comparison(runs, test, path_of, by_run)
-        if tuned := tuned_text(runs, test, path_of): print(_harmless(f"\n{tuned}"))
+        if tuned := tuned_text(runs, test, path_of): print(f"\n{tuned}")
         if save: print(f"\nWritten to {save_comparison(df, save, overwrite)}")
         return df
 
@@ -447,7 +466,7 @@ def predict(
         progress = partial(show_progress, progress=sys.stdout.isatty())
         files = predict_images(run, images, out, path_of, size=read_size(size), alpha=alpha, overwrite=overwrite,
                                progress=progress, device=device, tile=tile, tuned=tuned)
-        print(_harmless(f"{len(files)} images labelled: {out/'masks'}, {out/'overlays'}, {out/'legend.png'}"))
+        print(f"{len(files)} images labelled: {out/'masks'}, {out/'overlays'}, {out/'legend.png'}")
         return files
 
 # %% ../../nbs/72_run.cli.ipynb #84c87131
@@ -473,7 +492,7 @@ def audit(
 ):
     "Report what a trained network leans on, mixes up and misses."
     with one_line_errors(debug, lambda: "Nothing was written."):
-        from dropclass.analysis.audit import audit_summary, check_report, printable
+        from dropclass.analysis.audit import audit_summary, check_report
         from dropclass.run.audit import audit_files
         split = lambda text: [o for o in (text or '').split(',') if o]
         named = [*(Path(o).resolve().name for o in runs), *(Path(o).stem for o in split(model))]
@@ -484,7 +503,7 @@ def audit(
         files = found.report(out, overwrite)
         if found.cut_short: print(f"Cut short: looked at {found.images} of {found.total} images.")
         also = f", and the same as {files[1].name} and JSON beside it" if len(files)>3 else ''
-        print(printable('\n'.join([*audit_summary(found), f"\nWritten: {files[0]}{also}"])))
+        print('\n'.join([*audit_summary(found), f"\nWritten: {files[0]}{also}"]))
         return files
 
 # %% ../../nbs/72_run.cli.ipynb #5b424849
@@ -538,7 +557,7 @@ def tune(
             found,names = tune_file(model, arch, data, given, read_size(size), metric, taus)
         files = save_tuning(found, out or Path('tuning'), names)
         tables = '\n\n'.join(o.round(1).to_string() for o in (found.table(), found.classes(names)))
-        print(_harmless(f"{found}\n\n{tables}\n\nWritten: {files[0]}, {files[1].name}"))
+        print(f"{found}\n\n{tables}\n\nWritten: {files[0]}, {files[1].name}")
         return files
 
 # %% ../../nbs/72_run.cli.ipynb #f749fa2f

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from ..analysis.subjects import load_network, open_images
+from ..analysis.subjects import file_channels, load_network, open_images
 from ..core import check_choice, writing, write_json
 from ..data.core import full_size_dl
 from ..prior import TAUS, PriorTuning, shift_classes, tune_prior
@@ -93,7 +93,7 @@ def tune_file(
     taus=TAUS, # Values to try
 ) -> tuple: # What was found, and the class names
     "Find the tau of a network that is a file."
-    dl,spec,counts = open_images(data, size)
+    dl,spec,counts = open_images(data, size, in_chans=file_channels(file, arch))
     if counts is None: counts = class_counts(dl.dataset)
     if weights is not None and len(weights)!=len(spec):
         raise ValueError(f"There are {len(weights)} class weights for {len(spec)} classes "

@@ -63,15 +63,12 @@ def get_ignore_index(
 def check_void(
     loss_func, # The loss
     ignore_index:int, # The void label of the data
-    target:Tensor|None=None, # Labels to look through if the loss ignores nothing; None does not look
 ) -> int|None: # The label that the loss ignores
     "Refuse a loss that ignores another label than the data's void."
     found = get_ignore_index(loss_func)
-    if found is not None and found!=ignore_index:
-        raise ValueError(f"The loss ignores label {found}, but void is {ignore_index} in the data: build the loss with `ignore_index={ignore_index}`")
-    if found is None and target is not None and (plain_tensor(target)==ignore_index).any():
-        raise ValueError(f"The labels hold void ({ignore_index}), but the loss has no `ignore_index`: use one that has, nn.CrossEntropyLoss(ignore_index={ignore_index}) say")
-    return found
+    if found is None or found==ignore_index: return found
+    raise ValueError(f"The loss ignores label {found}, but void is {ignore_index} in the data: build the loss with "
+                     f"`ignore_index={ignore_index}`")
 
 # %% ../nbs/12_losses.ipynb #c0a1b003
 def has_labels(

@@ -127,7 +127,7 @@ def _may_classify(layer, num_classes):
     transposed = isinstance(layer, (nn.ConvTranspose1d,nn.ConvTranspose2d,nn.ConvTranspose3d))
     return transposed and layer.out_channels==num_classes!=layer.in_channels
 
-def _candidates(model, probe, num_classes, most=8):
+def _candidates(model, probe, num_classes):
     "Convolutions with C outputs that ran last, all layers that take a tensor and end in C channels, and C."
     order,mods = {},dict(model.named_modules())
     def note(m, args, kwargs, out, name):
@@ -139,7 +139,7 @@ def _candidates(model, probe, num_classes, most=8):
     num_classes = num_classes or out.shape[1]
     ends = [n for n,shape in order.items() if n and num_classes in (*shape[1:2], *shape[-1:])]
     ends = [n for n in ends if next(mods[n].parameters(), None) is not None]
-    return [n for n in ends if _may_classify(mods[n], num_classes)][-most:],ends,num_classes
+    return [n for n in ends if _may_classify(mods[n], num_classes)][-8:],ends,num_classes
 
 # %% ../nbs/21_surgery.ipynb #f7feff31
 def _noised(model, probe, watched, names=()):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import dropclass.run.cli
 
-COMMANDS = ('train', 'compare', 'predict', 'demo', 'audit')
+COMMANDS = ('train', 'compare', 'predict', 'demo', 'audit', 'tune')
 # What pip writes for a console script
 SCRIPT = "import sys\nfrom dropclass.run.cli import {0}\nif __name__=='__main__': sys.exit({0}())\n"
 TINY = ['--bs', '4', '--size', '32x48', '--threads', '1', '--data-options', 'n_train=8,n_valid=4']
@@ -137,6 +137,21 @@ def test_class_names_do_not_steer_the_terminal(runs, command, tmp_path):
     assert code==2 and 'no' in err and '\x1b' not in err
 
 
+def test_no_name_steers_the_terminal(start, tmp_path):
+    "Names of classes and folders in the first line, in warnings, in the table and in an error."
+    from dropclass.data.core import write_toy_folder
+    write_toy_folder(tmp_path, 8, 3, (32,48))
+    (tmp_path/'classes.txt').write_text('a\nb\nc\n\x1b[2Jnever\n')
+    folder = ['folder', '--path', tmp_path, '--epochs', 1, '--bs', 4, '--threads', 1, '--out', tmp_path/'run\x1b[31m\u202e']
+    code,out,err = finish(start('train', *folder))
+    assert code==0, err
+    assert r'into' in out and r'run\x1b[31m\u202e' in out.splitlines()[0] and r'\x1b[2Jnever' in out
+    assert err.startswith(r'Warning: No training pixel is labelled \x1b[2Jnever') and 'warnings.warn' not in err
+    assert not {'\x1b','\u202e'} & {*out, *err}
+    code,out,err = finish(start('train', *folder))
+    assert code==2 and len(err.splitlines())==1 and r'run\x1b[31m' in err and '\x1b' not in err
+
+
 def test_seeds_are_taken_together(command, tmp_path):
     for seed in (0, 1, 2):
         for method in ('plain', 'ignore_label'):
@@ -184,6 +199,14 @@ def test_a_broken_pipe_is_no_error(runs, start):
     job.stdout.close()
     _,err = job.wait(timeout=300), job.stderr.read()
     assert 'Traceback' not in err and 'Error' not in err
+
+
+def test_tune_takes_a_run_and_a_grid(runs, command, tmp_path):
+    shutil.copytree(runs[0]/'plain', tmp_path/'run')
+    code,out,err = command('tune', tmp_path/'run', '--on', 'valid', '--taus=-1,-0.5,0')
+    assert code==0 and 'Written' in out, err
+    found = json.loads((tmp_path/'run'/'tuning.json').read_text())
+    assert [o['tau'] for o in found['curve']]==[-1., -.5, 0.]
 
 
 def test_predict_writes_masks_of_the_images_size(runs, start, tmp_path):
@@ -268,6 +291,8 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('predict', ['RUNS/plain', 'RUNS/plain/config.json', '--out', 'NEW'], 'Cannot read'),
     ('predict', ['RUNS/plain', 'RUNS/plain/examples.png', '--out', 'NEW', '--path-of', 'drop'],
      "`--path-of` must be one of 'plain'"),
+    ('tune', ['RUNS/plain', '--weights', '1,2'], '`--weights` is for --model'),
+    ('tune', ['RUNS/plain', '--taus', '0,x'], "numbers with commas between, '0.5,1,2' say, got '0,x'"),
     ('demo', ['--size', 'big'], "got 'big'"),
 ])
 def test_errors_are_one_line_and_exit_code_2(runs, command, tmp_path, monkeypatch, name, args, says):

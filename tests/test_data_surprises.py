@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from dropclass.stats import check_counts
 from dropclass.data.folder import folder_dls
 from dropclass.data.voc import voc_dls, write_toy_voc
 from dropclass.run.config import Config, config_hash
-from dropclass.run.experiment import make_data, make_learner, train_run
+from dropclass.rivals import region_loss
+from dropclass.run.experiment import data_parameters, make_data, make_learner, train_run
 from dropclass.metrics import class_iou, mean_iou
 
 SMALL = dict(data='scenes', epochs=1, bs=4, size=(32,48), threads=1, data_options=dict(n_train=8, n_valid=4))
@@ -283,3 +285,48 @@ def test_sizes_are_pairs(tmp_path, size):
     images,masks = write_toy_folder(tmp_path, n=10)
     with pytest.raises(ValueError, match='a height and a width'):
         folder_dls(images, masks, ['ground','wall','sky'], size=size)
+
+
+def test_links_that_lead_back_end(tmp_path):
+    "Two links to the folder above would make 2^40 paths; a linked folder elsewhere is searched."
+    images,masks = write_toy_folder(tmp_path, 4, 3)
+    for o in (images, masks):
+        for name in ('a','b'): (o/name).symlink_to('.')
+    for o in (images, masks): shutil.copytree(o, tmp_path/'more'/o.name, symlinks=True)
+    for o in (images, masks): (o/'linked').symlink_to(tmp_path/'more'/o.name)
+    found = [o.relative_to(images).as_posix() for o,_ in pair_files(images, masks)]
+    assert found==[f'{i:03}.png' for i in range(4)]+[f'linked/{i:03}.png' for i in range(4)]
+
+
+def test_a_folder_without_permission_says_so(tmp_path, monkeypatch):
+    images,masks = write_toy_folder(tmp_path, 2, 3)
+    def refuse(folder): raise PermissionError(13, 'Permission denied', str(folder))
+    monkeypatch.setattr(Path, 'iterdir', refuse)
+    with pytest.raises(PermissionError, match='Permission denied'): pair_files(images, masks)
+
+
+@pytest.mark.parametrize('data', ['folder','scenes'])
+@pytest.mark.filterwarnings('ignore')
+def test_every_data_option_takes_odd_values_or_says_why_not(tmp_path, data):
+    "A value of the wrong kind or size ends in a sentence, whatever the option, or in a batch."
+    write_toy_folder(tmp_path, 12, 3, (32,48))
+    (tmp_path/'classes.txt').write_text('a\nb\nc\n')
+    path,base = (tmp_path,'') if data=='folder' else (None,'n_train=8,n_valid=4,')
+    known = [*data_parameters(Config(data=data)),'shuffle','drop_last','temperature','times','after_item']
+    assert 'crop' in known and len(known)>20
+    refused = 0
+    for option in known:
+        for value in ('-1','0','nan','a,b','[1,2]','0x0','none','99','1e9'):
+            given = f'{base}{option}={value}' if not option.startswith('n_') else f'{option}={value}'
+            try: make_data(make_config(dict(data=data, path=path, bs=4, data_options=given))).train.one_batch()
+            except (ValueError, OSError) as e: refused += len(str(e))>20
+    assert refused>5*len(known)
+
+
+def test_losses_and_resampling_refuse_numbers_without_sense():
+    for name,option in (('focal','gamma'), ('dice_ce','dice_weight'), ('blv','sigma')):
+        for value in (-1., math.nan, math.inf):
+            with pytest.raises(ValueError, match=f'`{option}` must be a finite number of at least 0'):
+                region_loss(name, pixel_counts=[1,2], **{option:value})
+    many = make_config({**SMALL, 'resample':'car=1000000000'})
+    with pytest.raises(ValueError, match='from 1 to 10000'): make_data(many)

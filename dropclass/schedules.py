@@ -39,7 +39,8 @@ def as_schedule(
 ): # A callable from [0,1] to [0,1]
     "Make a schedule of a number or a callable, and try it out."
     if isinstance(schedule, str) or not (callable(schedule) or hasattr(schedule, '__float__')):
-        raise TypeError(f"`{name}` must be a number or a callable from [0,1] to [0,1], got {schedule!r}: SchedLin(0,1), say, or 0.5")
+        raise TypeError(f"`{name}` must be a number or a callable from [0,1] to [0,1], got {schedule!r}: "
+            "SchedLin(0,1), say, or 0.5")
     if not callable(schedule): schedule = partial(constant, value=float(schedule))
     for pct in (0., .25, .5, .75, 1.): check_value(schedule(pct), name, pct)
     return schedule
@@ -50,7 +51,8 @@ def epoch_pct(
     n_epochs:int, # Epochs of the fit, E
 ) -> float: # Share of training done when the current epoch began
     "Round the share of training down to the start of its epoch."
-    if n_epochs is None or n_epochs<1: raise ValueError(f"`n_epochs` must be at least 1 to step per epoch, got {n_epochs}: pass the length of the fit")
+    if n_epochs is None or n_epochs<1: raise ValueError("`n_epochs` must be at least 1 to step per epoch, got "
+        f"{n_epochs}: pass the length of the fit")
     epoch = math.floor(pct*n_epochs + 1e-6) # In floats 15/22*22 is a little below 15: do not fall back an epoch
     return min(epoch, n_epochs-1)/n_epochs
 
@@ -93,7 +95,8 @@ def hold_ramp(
 ) -> Ramp: # A schedule: callable pct -> value
     "Make a ramp that reaches its end early and holds it."
     start,end = check_unit(start, 'start'),check_unit(end, 'end')
-    if not 0<=since<until<=1: raise ValueError(f"A ramp needs 0 <= since < until <= 1, got since={since}, until={until}")
+    if not 0<=since<until<=1: raise ValueError(f"A ramp needs 0 <= since < until <= 1, got since={since}, "
+        f"until={until}")
     return Ramp(start, end, since, until)
 
 # %% ../nbs/13_schedules.ipynb #6ae9ce4d

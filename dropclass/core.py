@@ -49,8 +49,9 @@ def check_device(
 ): # The same
     "Refuse a device that this machine does not have."
     try: torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"Device {device!r} cannot be used here "
-        f"({str(e).splitlines()[0]}): name one that this machine has, 'cpu' say") from None
+    except (RuntimeError, AssertionError, TypeError) as e:
+        raise ValueError(f"Device {device!r} cannot be used here ({str(e).splitlines()[0]}): name one that this "
+                         "machine has, 'cpu' say") from None
     return device
 
 # %% ../nbs/00_core.ipynb #37b0a446
@@ -128,6 +129,12 @@ def distinct_colors(
     return tuple(tuple(int(255*v) for v in colorsys.hsv_to_rgb(*o)) for o in hsv)
 
 # %% ../nbs/00_core.ipynb #3e4b09f8
+def _as_colors(colors):
+    "Colours as whole numbers."
+    try: return tuple(tuple(map(int, o)) for o in colors)
+    except (TypeError, ValueError):
+        raise ValueError(f"`colors` must be one (red, green, blue) per class, got {colors!r}") from None
+
 @dataclass(frozen=True)
 class ClassSpec:
     "The classes of a data set: names, colours, and the label that means void."
@@ -138,7 +145,7 @@ class ClassSpec:
         if isinstance(self.names, str): raise TypeError("`names` must be a list of class names, got the text "
             f"{self.names!r}: give ['road','car', ...]")
         names = tuple(map(str, self.names))
-        colors = distinct_colors(len(names)) if self.colors is None else tuple(tuple(map(int, o)) for o in self.colors)
+        colors = distinct_colors(len(names)) if self.colors is None else _as_colors(self.colors)
         if self.ignore_index==len(names)-1>1: names,colors = names[:-1],colors[:len(names)-1] # The last name is void's
         check_num_classes(len(names))
         if not all(o.strip() for o in names): raise ValueError("Class "
@@ -202,9 +209,10 @@ def writing(
 # %% ../nbs/00_core.ipynb #73ecf44a
 def printable(
     text:str, # Any text
-) -> str: # The same; control characters other than tabs and ends of lines are replaced
-    "Keep a text from steering a terminal."
-    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
+) -> str: # The same; what steers a terminal or turns the reading order is written as an escape, \x1b say
+    "Keep a text from steering a terminal; tabs and ends of lines stay."
+    steering = r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]' # The last: bytes of no text
+    return re.sub(steering, lambda m: m[0].encode('unicode_escape').decode(), text)
 
 # %% ../nbs/00_core.ipynb #d89ff66a
 def write_json(

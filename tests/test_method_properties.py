@@ -73,7 +73,8 @@ def test_closed_form_is_autograd(head, n):
 def test_closed_form_has_the_gradients_of_autograd(head, seed):
     conv,size,out_size,align_corners = head
     exact = exact_conv_importance(conv, size, out_size, align_corners)
-    slow = autograd_importance(lambda o: resized(conv(o), out_size, align_corners), rand(1, conv.in_channels, *size, seed=1), detach=False)[0]
+    slow = autograd_importance(lambda o: resized(conv(o), out_size, align_corners),
+                               rand(1, conv.in_channels, *size, seed=1), detach=False)[0]
     probe = rand(*exact.shape, seed=seed)
     a,b = (torch.autograd.grad((probe*o.relu()).sum(), conv.weight)[0] for o in (exact, slow))
     assert max_diff(a, b)<1e-12
@@ -99,14 +100,17 @@ def test_mean_form_is_the_interior_of_the_exact_map(kernel, dilation):
 
 @given(st.integers(1, 4), st.integers(1, 6), seeds)
 def test_no_sample_depends_on_its_neighbours(n, num_classes, seed):
-    head = nn.Sequential(nn.Conv2d(3, num_classes, 3, padding=1), nn.BatchNorm2d(num_classes), nn.Dropout(.5), nn.GELU())
+    head = nn.Sequential(nn.Conv2d(3, num_classes, 3, padding=1), nn.BatchNorm2d(num_classes), nn.Dropout(.5),
+                         nn.GELU())
     head,features = head.double(),rand(n, 3, 4, 5, seed=seed)
     whole,alone = autograd_importance(head, features),autograd_importance(head, features[:1])
     assert whole.shape==(n, num_classes, 3, 4, 5) and max_diff(alone, whole[:1])<1e-12
     assert all(o.training for o in head.modules()) and all(p.grad is None for p in head.parameters())
 
 
-@pytest.mark.parametrize('conv', [nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3, padding=1, padding_mode='reflect')])
+@pytest.mark.parametrize('conv',
+                         [nn.Conv2d(4, 4, 3, stride=2), nn.Conv2d(4, 4, 3, groups=2),
+                          nn.Conv2d(4, 4, 3, padding=1, padding_mode='reflect')])
 def test_convolutions_without_closed_form_point_to_autograd(conv):
     with pytest.raises(ValueError, match='autograd_importance'): exact_conv_importance(conv, (5, 5))
     assert autograd_importance(conv, torch.rand(1, 4, 5, 5)).shape==(1, 4, 4, 5, 5)

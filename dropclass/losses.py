@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['plain_tensor', 'loss_input', 'get_ignore_index', 'check_void', 'has_labels', 'check_weight', 'cross_entropy_options',
-           'pixel_loss_sum', 'pixel_count', 'pixel_loss', 'no_reduction', 'NotPerPixel', 'per_pixel_loss',
-           'check_ignored', 'check_per_pixel', 'masked_target', 'other_loss', 'segmentation_loss', 'mean_prob',
-           'suppression_loss', 'strip_weights', 'drop_path_losses', 'total_loss', 'StepPaths', 'choose_paths',
-           'dropclass_loss']
+           'pixel_count', 'pixel_loss', 'no_reduction', 'NotPerPixel', 'per_pixel_loss', 'check_ignored',
+           'check_per_pixel', 'masked_target', 'other_loss', 'segmentation_loss', 'mean_prob', 'suppression_loss',
+           'strip_weights', 'drop_path_losses', 'total_loss', 'StepPaths', 'choose_paths', 'dropclass_loss']
 
 # %% ../nbs/12_losses.ipynb #8911a4f7
 import copy
@@ -114,22 +113,6 @@ def cross_entropy_options(
     if settings['weight'] is not None: settings['weight'] = check_weight(plain_tensor(settings['weight']))
     return settings
 
-# %% ../nbs/12_losses.ipynb #f72f27cc
-def pixel_loss_sum(
-    log_probs:Tensor, # Log-probabilities (N,C,h,w)
-    target:Tensor, # Labels (N,h,w), int64
-    weight:Tensor|None=None, # Weight of each class (C,); None weighs all alike
-    ignore_index:int=VOID, # Label of pixels that do not count
-    label_smoothing:float=0., # Share of the target spread over all classes
-) -> Tensor: # Scalar: sum over the pixels that count
-    "Sum the (weighted, smoothed) cross-entropy over pixels."
-    if weight is not None: weight = weight.to(log_probs)
-    loss = F.nll_loss(log_probs, target, weight, ignore_index=ignore_index, reduction='sum')
-    if not label_smoothing: return loss
-    weighted = log_probs if weight is None else log_probs*weight.view(1, -1, *[1]*(log_probs.dim()-2))
-    spread = -weighted.sum(1).masked_fill(target==ignore_index, 0.).sum()
-    return (1-label_smoothing)*loss + label_smoothing/log_probs.shape[1]*spread
-
 # %% ../nbs/12_losses.ipynb #c1eb7faa
 def pixel_count(
     target:Tensor, # Labels (N,h,w), int64
@@ -151,9 +134,15 @@ def pixel_loss(
     options:dict, # Settings of the cross-entropy, as `cross_entropy_options` gives them
     normalize:str='valid', # 'valid': mean over the pixels that count; 'all': divided by N*h*w
 ) -> Tensor: # Scalar loss; 0 where nothing counts
-    "Average the cross-entropy of log-probabilities."
-    count = pixel_count(target, options['weight'], options['ignore_index'], normalize)
-    return pixel_loss_sum(log_probs, target, **options)/count
+    "Average the (weighted, smoothed) cross-entropy of log-probabilities."
+    weight,void,smooth = (options[o] for o in ('weight','ignore_index','label_smoothing'))
+    count = pixel_count(target, weight, void, normalize)
+    if weight is not None: weight = weight.to(log_probs)
+    loss = F.nll_loss(log_probs, target, weight, ignore_index=void, reduction='sum')
+    if not smooth: return loss/count
+    weighted = log_probs if weight is None else log_probs*weight.view(1, -1, *[1]*(log_probs.dim()-2))
+    spread = -weighted.sum(1).masked_fill(target==void, 0.).sum()
+    return ((1-smooth)*loss + smooth/log_probs.shape[1]*spread)/count
 
 # %% ../nbs/12_losses.ipynb #69deb1af
 @contextmanager

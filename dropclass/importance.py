@@ -51,18 +51,20 @@ def check_classifier(
     "Refuse a classifier without a closed form, and name the way out."
     remedy = "use `autograd_importance` on the part of the network behind the features"
     if not isinstance(conv, (nn.Conv1d,nn.Conv2d,nn.Conv3d)):
-        raise TypeError(f"The closed form needs an `nn.Conv2d` (or 1d, 3d) or its weight, got {type(conv).__name__}: {remedy}")
+        raise TypeError(f"The closed form needs an `nn.Conv2d` (or 1d, 3d) or its weight, got {type(conv).__name__}: "
+            f"{remedy}")
     if set(conv.stride)!={1}: raise ValueError(f"The closed form needs stride 1, got {tuple(conv.stride)}: {remedy}")
     if conv.groups!=1: raise ValueError(f"The closed form needs groups=1, got {conv.groups}: {remedy}")
     return conv
 
 # %% ../nbs/10_importance.ipynb #2a45797e
 def conv_importance(
-    conv:nn.Module|Tensor, # Classifier (`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`), or its weight: (C,K) or (C,K,kh,kw), one to three axes of taps
-) -> Tensor: # Importance S (C,K): for 1x1 the spatial mean of Eq. (1) up to one positive constant, for larger kernels the same away from the border; differentiable, not detached
+    conv:nn.Module|Tensor, # Classifier (`nn.Conv1d` to `nn.Conv3d`), or its weight: (C,K) or (C,K,...)
+) -> Tensor: # S (C,K), differentiable: Eq. (1) averaged, up to one factor; for large kernels but for the border
     "Read the importance off a convolution: its weight, summed over the taps."
     weight = conv if isinstance(conv, Tensor) else check_classifier(conv).weight
-    if not 2<=weight.ndim<=5: raise ValueError(f"A classifier weight is (C,K) or (C,K,kh,kw), got shape {tuple(weight.shape)}: use `autograd_importance`")
+    if not 2<=weight.ndim<=5: raise ValueError("A classifier weight is (C,K) or (C,K,kh,kw), got shape "
+        f"{tuple(weight.shape)}: use `autograd_importance`")
     return weight.reshape(*weight.shape[:2], -1).sum(-1)
 
 # %% ../nbs/10_importance.ipynb #0b88745e
@@ -71,7 +73,8 @@ def conv_padding(
 ) -> tuple: # Zeros added at (top, bottom, left, right)
     "List how many zeros a convolution adds on each side."
     if conv.padding_mode!='zeros':
-        raise ValueError(f"The exact closed form needs padding_mode='zeros', got {conv.padding_mode!r}: use `autograd_importance`")
+        raise ValueError(f"The exact closed form needs padding_mode='zeros', got {conv.padding_mode!r}: "
+            "use `autograd_importance`")
     if conv.padding=='valid': return (0,)*4
     if conv.padding!='same': return tuple(p for p in conv.padding for _ in range(2))
     total = [d*(k-1) for d,k in zip(conv.dilation, conv.kernel_size)]
@@ -103,10 +106,13 @@ def head_logits(
 ) -> Tensor: # Logits (N,C,h,w)
     "Run the head, and check that there is something to differentiate."
     logits = head_fn(features)
-    if not isinstance(logits, Tensor): raise TypeError(f"The head must return a logits tensor, got {type(logits).__name__}: pick the logits in a small function around it")
+    if not isinstance(logits, Tensor): raise TypeError("The head must return a logits tensor, got "
+        f"{type(logits).__name__}: pick the logits in a small function around it")
     if logits.ndim<3 or logits.ndim!=features.ndim or len(logits)!=len(features):
-        raise ValueError(f"The head must return logits (N,C,h,w) with N={len(features)}, got shape {tuple(logits.shape)}")
-    if not logits.requires_grad: raise ValueError("The head's logits do not depend on its features: remove any `detach` or `no_grad` inside the head")
+        raise ValueError(f"The head must return logits (N,C,h,w) with N={len(features)}, got shape "
+            f"{tuple(logits.shape)}")
+    if not logits.requires_grad: raise ValueError("The head's logits do not depend on its features: "
+        "remove any `detach` or `no_grad` inside the head")
     return logits
 
 # %% ../nbs/10_importance.ipynb #b0aaa608
@@ -122,7 +128,8 @@ def iter_importance(
     num_classes,pixels = logits.shape[1],logits[0,0].numel()
     for c in range(num_classes):
         how = dict(retain_graph=not detach or c+1<num_classes, create_graph=not detach, materialize_grads=True)
-        with torch.inference_mode(False), torch.enable_grad(): # A sum: shares of a mean are too small for half precision
+        # A sum: shares of a mean are too small for half precision
+        with torch.inference_mode(False), torch.enable_grad():
             grad, = torch.autograd.grad(logits[:,c].sum(), x, **how)
         yield (grad if grad.dtype==torch.float64 else grad.float())/pixels
 

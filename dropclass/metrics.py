@@ -33,7 +33,8 @@ def largest_channel(
     tiled = size!=logits.shape[2:] and len(size)==logits.dim()-2==2
     largest,labels = resized_max(logits, size) if tiled else resize_logits(logits, size).max(dim=1)
     lost = largest.isnan().sum().item()
-    if lost: raise ValueError(f"The prediction is NaN at {lost} of {largest.numel()} pixels, so no class is the largest: "
+    if lost:
+        raise ValueError(f"The prediction is NaN at {lost} of {largest.numel()} pixels, so no class is the largest: "
         "the network has diverged (lower the learning rate) or its input is not finite")
     return labels
 
@@ -65,7 +66,8 @@ def confusion_matrix(
     pred = predicted_labels(pred.detach(), target, num_classes)
     valid = target!=ignore_index
     for labels,name in ((target,'target'),(pred,'prediction')):
-        if (valid & ((labels<0)|(labels>=num_classes))).any(): check_target(labels[valid], num_classes, ignore_index, name)
+        wrong = (labels<0)|(labels>=num_classes)
+        if (valid & wrong).any(): check_target(labels[valid], num_classes, ignore_index, name)
     pairs = torch.where(valid, target*num_classes+pred.to(target.device), num_classes**2)
     return torch.bincount(pairs.flatten(), minlength=num_classes**2+1)[:-1].view(num_classes, num_classes)
 
@@ -106,7 +108,8 @@ def rare_classes(
     "Find the rarer half of the classes that occur."
     counts = torch.as_tensor(pixel_counts).double()
     if counts.ndim!=1 or not bool((counts>=0).all()): raise ValueError(
-        f"`pixel_counts` must be one number of at least 0 per class, got {counts.tolist()}: count the training masks, not a batch")
+        f"`pixel_counts` must be one number of at least 0 per class, got {counts.tolist()}: "
+        "count the training masks, not a batch")
     there = [c for c in counts.argsort(stable=True).tolist() if counts[c]>0]
     return there[:len(there)//2]
 
@@ -132,7 +135,8 @@ def own_rows(
     return max(0, min(n, dl.n-first))
 
 # %% ../nbs/50_metrics.ipynb #e8467bd5
-IMAGE_KEYS,LABEL_KEYS = ('pixel_values','image','images','x'),('labels','label','masks','mask','target','y') # Names in batches that are dicts
+# Names in batches that are dicts
+IMAGE_KEYS,LABEL_KEYS = ('pixel_values','image','images','x'),('labels','label','masks','mask','target','y')
 
 def batch_parts(
     batch, # A tuple with images first and labels last, or a dict
@@ -140,8 +144,9 @@ def batch_parts(
     "Find images and labels in a batch."
     if isinstance(batch, Mapping):
         x,y = (next((batch[k] for k in keys if k in batch), None) for keys in (IMAGE_KEYS, LABEL_KEYS))
-        if x is None or y is None: raise ValueError(f"A batch with the entries {', '.join(map(repr, batch))} does not say which are images and labels: "
-            f"name them as one of {', '.join(IMAGE_KEYS)} and one of {', '.join(LABEL_KEYS)}, or make it a tuple")
+        if x is None or y is None: raise ValueError(f"A batch with the entries {', '.join(map(repr, batch))} does not "
+            f"say which are images and labels: name them as one of {', '.join(IMAGE_KEYS)} and one of "
+            f"{', '.join(LABEL_KEYS)}, or make it a tuple")
     else: x,y = batch[0],batch[-1]
     return x, y[:,0] if y.ndim==x.ndim and y.shape[1]==1 else y
 
@@ -175,13 +180,16 @@ def per_class_table(
     "Tabulate the IoU of each class, the rarest first, and both means."
     names,confusion = list(getattr(spec, 'names', spec)),torch.as_tensor(confusion)
     pixels = (confusion.sum(1) if pixel_counts is None else torch.as_tensor(pixel_counts)).double()
-    if not len(names)==len(confusion)==len(pixels): raise ValueError(f"Got {len(names)} class names, {len(pixels)} pixel counts "
+    if not len(names)==len(confusion)==len(pixels):
+        raise ValueError(f"Got {len(names)} class names, {len(pixels)} pixel counts "
         f"and a confusion matrix of {len(confusion)} classes: pass those of one data set")
     iou,rare,share = class_iou(confusion),rare_classes(pixels),100*pixels/pixels.sum()
     there = (~iou.isnan()).long()
-    rows = [(names[c], float(share[c]), 100*float(iou[c]), c in rare, int(there[c])) for c in pixels.argsort(stable=True).tolist()]
+    order,percent = pixels.argsort(stable=True).tolist(),100*iou
+    rows = [(names[c], float(share[c]), float(percent[c]), c in rare, int(there[c])) for c in order]
     for name,group in (('mIoU', list(range(len(names)))), ('rare mIoU', rare)):
-        rows.append((name, float(share[group].sum()), 100*mean_iou(confusion, group), group is rare, int(there[group].sum())))
+        mean = 100*mean_iou(confusion, group)
+        rows.append((name, float(share[group].sum()), mean, group is rare, int(there[group].sum())))
     return pd.DataFrame(rows, columns=['class','pixels','iou','rare','classes']).set_index('class')
 
 # %% ../nbs/50_metrics.ipynb #d5f28b60
@@ -210,10 +218,11 @@ class ConfusionCounts:
     @property
     def total(self):
         "Counts (C,C) of all processes, on the CPU."
-        if self._sum is None: self._sum = sum_over_ranks(self._local()).cpu()
+        if self._sum is None:
+            own = torch.zeros(self.num_classes, self.num_classes).long() if self.matrix is None else self.matrix
+            self._sum = sum_over_ranks(own).cpu()
         return self._sum
 
-    def _local(self): return torch.zeros(self.num_classes, self.num_classes, dtype=torch.long) if self.matrix is None else self.matrix
     def __getstate__(self): return {**self.__dict__, 'matrix':None, 'batches':0, '_sum':None}
 
 # %% ../nbs/50_metrics.ipynb #5db2c522
@@ -253,9 +262,9 @@ def segmentation_metrics(
 ) -> list: # fastai metrics that share one confusion matrix
     "Make the metrics of a segmentation Learner."
     counts,miou = ConfusionCounts(num_classes, ignore_index),partial(mean_iou, ignore_index=ignore_index)
-    figures = {'miou':miou, 'pixel_acc':pixel_accuracy}
+    figures = [('miou', miou), ('pixel_acc', pixel_accuracy)]
     if pixel_counts is not None:
         if len(pixel_counts)!=num_classes: raise ValueError(f"`pixel_counts` has {len(pixel_counts)} entries for "
                                                             f"{num_classes} classes: give one per class")
-        figures = {'miou':miou, 'rare_miou':partial(miou, classes=rare_classes(pixel_counts)), 'pixel_acc':pixel_accuracy}
-    return [CountsMetric(counts, *o) for o in figures.items()]
+        figures.insert(1, ('rare_miou', partial(miou, classes=rare_classes(pixel_counts))))
+    return [CountsMetric(counts, *o) for o in figures]

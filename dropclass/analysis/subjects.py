@@ -21,7 +21,7 @@ from torchvision.models import get_model, list_models, segmentation
 from fastai.data.transforms import get_c
 from fastprogress.fastprogress import progress_bar
 from safetensors import safe_open
-from ..callback import class_names
+from ..learner import class_names
 from ..core import VOID, ClassSpec, check_choice
 from ..data.camvid import camvid_dls
 from ..data.core import FittedItems, SegmentationItems, make_dls, pair_files, read_lines

@@ -265,8 +265,11 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('predict', ['RUNS/plain', 'NOWHERE.png', '--out', 'NEW'], 'NOWHERE.png'),
     ('predict', ['RUNS/plain', 'RUNS/plain/config.json', '--out', 'NEW'], 'Cannot read'),
     ('predict', ['RUNS/plain', 'RUNS/plain/examples.png', '--out', 'NEW', '--path-of', 'drop'], "`--path-of` must be one of 'plain'"),
+    ('train', ['scenes', '--dropclass', 'alpha=1,alpha=2', '--out', 'NEW'], "gives 'alpha' twice"),
     ('tune', ['RUNS/plain', '--weights', '1,2'], '`--weights` is for --model'),
     ('tune', ['RUNS/plain', '--taus', '0,x'], "numbers with commas between, '0.5,1,2' say, got '0,x'"),
+    ('tune', ['--model', 'w.pth', '--arch', 'small', '--data', 'x', '--out', 'RUNS/plain/config.json'], 'is a file'),
+    ('demo', ['--n-test', '-1', '--out', 'NEW'], 'at least 1 scene'),
     ('demo', ['--size', 'big'], "got 'big'"),
 ])
 def test_errors_are_one_line_and_exit_code_2(runs, command, tmp_path, monkeypatch, name, args, says):

@@ -231,8 +231,8 @@ def build_network(
     if kind=='smp': return _smp_network(name, num_classes, in_chans)
     if kind in ('timm','unet') or arch in model_names(): return create_model(arch, num_classes, in_chans=in_chans)
     known = ', '.join(map(repr, model_names()))
-    raise ValueError(f"`arch` must be one of {known}, 'timm:NAME', 'unet:NAME', 'torchvision:NAME' or 'smp:ARCH:ENCODER', "
-                     f"got {arch!r}")
+    raise ValueError(f"`arch` must be one of {known}, 'timm:NAME', 'unet:NAME', 'torchvision:NAME' "
+                     f"or 'smp:ARCH:ENCODER', got {arch!r}")
 
 # %% ../../nbs/59_analysis.subjects.ipynb #db1d8571
 _WRAPPERS = ('','module.','_orig_mod.','model.','net.','module._orig_mod.')
@@ -336,7 +336,8 @@ def open_images(
     if names is not None and kind!='folder':
         raise ValueError(f"Class names are for a folder of `images` and `masks`; {path} has its own: leave them out")
     if in_chans!=3 and kind!='folder':
-        raise ValueError(f"The network reads images of {in_chans} channels, those of {path} have 3: give a folder of its own")
+        raise ValueError(f"The network reads images of {in_chans} channels, those of {path} have 3: "
+                         "give a folder of such images")
     read = dict(label_map=label_map, in_chans=in_chans, bits=bits)
     if kind=='folder': return *_open_folder(path, names, fit=fit, read=read, **options),None
     dls = scenes_dls(**options) if kind=='scenes' else camvid_dls(path, **options)

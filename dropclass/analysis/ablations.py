@@ -14,7 +14,7 @@ from torch import Tensor
 from ..callback import DropClassCallback, StepPlan
 from ..core import check_choice
 from ..features import cycled_class, kept_sums
-from ..losses import choose_paths, plain_tensor
+from ..losses import StepPaths, plain_tensor
 from ..ranks import sum_over_ranks
 from ..schedules import epoch_pct
 from ..stats import class_counts
@@ -85,7 +85,8 @@ class SampledPaths(DropClassCallback):
     "Run one path per step."
     def plan_step(self) -> StepPlan: # With one path
         plan = super().plan_step()
-        plan.paths = choose_paths(plan.lam, plan.dropped_class, self.alpha, sample=True, generator=plan.generator)
+        drops = torch.rand(1, generator=plan.generator).item()<plan.lam
+        plan.paths = StepPaths('drop', 1., self.alpha/plan.lam) if drops else StepPaths('plain', 0., 0.)
         return plan
 
 # %% ../../nbs/68_analysis.ablations.ipynb #ab1a001e

@@ -8,7 +8,7 @@ __all__ = ['check_options', 'DropClassCallback', 'StepPlan', 'added_terms']
 # %% ../nbs/30_callback.ipynb #d02fc619
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from operator import attrgetter, index
 
@@ -174,7 +174,7 @@ class StepPlan:
     dropped_class:int|None # The label of the dropped class; None if all are kept
     paths:StepPaths # Which paths run, and their weights in the total loss
     generator:torch.Generator # The step's random source, behind what was drawn
-    sums:Callable=kept_sums # Adds the classes up, see `class_scale`
+    sums:Callable=field(default=kept_sums, repr=False) # Adds the classes up, see `class_scale`
     resize:dict|None=None # Options of the fused loss; None on the stacked route
     logits:tuple=(None,None) # Logits of the plain and of the drop path; small on the fused route
     yb:tuple=() # The labels, while fastai looks at one pixel

@@ -86,9 +86,9 @@ def test_report_is_whole(which, request, tmp_path):
     inside = re.sub(r'data:image/(png|jpeg);base64,[A-Za-z0-9+/=]+|<a href="[^"]+"', '', page)
     assert not re.search(r'(https?:)?//(?!/)', inside) # Nothing is fetched
     assert tags.images and all(o['src'].startswith('data:image/') and o['alt'] for o in tags.images)
-    assert len({o[1:] for o in tags.anchors if o[0]=='#'}&tags.ids)==7
-    assert 'nan' not in re.sub(r'data:image[^"]+', '', page).lower().replace('finance',
-                                                                             '') and 'nan' not in text.lower()
+    assert len({o[1:] for o in tags.anchors if o[0]=='#'}&tags.ids)==8
+    words = re.sub(r'data:image[^"]+', '', page).lower().replace('finance', '')
+    assert 'nan' not in words and 'nan' not in text.lower()
     shown = ' '.join(tags.text)
     for o in figures['classes']:
         if not o['occurs']: continue
@@ -124,6 +124,45 @@ def test_figures_are_those_of_the_library(two, batches):
     assert means['mIoU']['iou']==[pytest.approx(o['miou']) for o in figures['networks']]
     assert means['rare mIoU']['iou']==[pytest.approx(o['rare_miou']) for o in figures['networks']]
     assert figures['robustness']['rows'][-1]['name']=='mIoU*'
+
+def test_precision_and_recall(one, batches, tmp_path):
+    "They are scikit-learn's, class by class, in the figures and in both reports."
+    from sklearn.metrics import precision_score, recall_score
+    true,said = torch.cat([y for _,y in batches]).flatten(),torch.cat([net()(x).argmax(1) for x,_ in batches]).flatten()
+    page,text,data = read(one, tmp_path)
+    for key,score in dict(precision=precision_score, recall=recall_score).items():
+        values = 100*torch.tensor(score(true, said, labels=range(6), average=None, zero_division=float('nan')))
+        for o in json.loads(data)['classes']:
+            value = values[HARBOUR.names.index(o['name'])].item()
+            assert o[key]==[None if value!=value else pytest.approx(value)], (key, o['name'])
+            if value==value: assert f'{value:.1f}' in page and f'{value:.1f}' in text
+        means = {o['name']:o[key][0] for o in json.loads(data)['means']}
+        assert means['mIoU']==pytest.approx(values.nanmean().item())
+
+def test_calibration(batches, tmp_path):
+    "The error is torchmetrics', for each network, and stands in both reports."
+    models = dict(trained=train_harbour(bias=1.), random=net())
+    from torchmetrics.functional.classification import multiclass_calibration_error
+    x,y = (torch.cat(o) for o in zip(*batches))
+    page,text,data = read(audit(models['trained'], batches, HARBOUR, other=models['random'], labels=(*models,),
+                                progress=False), tmp_path)
+    for o in json.loads(data)['networks']:
+        error = 100*multiclass_calibration_error(models[o['label']](x), y, 6, n_bins=10, ignore_index=VOID).item()
+        assert o['calibration_error']==pytest.approx(error, abs=1e-3)
+        assert sum(s['pixels'] for s in o['calibration'])==pytest.approx(100)
+        for report in (page, text): assert f"Expected calibration error of {o['label']}: {error:.1f} points" in report
+
+def test_wrong_masks_are_named_first(world, tmp_path):
+    "In one mask land and water have changed places; void pixels and images without any label say nothing."
+    data = [(x, y.clone()) for x,y in world]
+    data[1][1][3] = torch.where(data[1][1][3]==0, 2, torch.where(data[1][1][3]==2, 0, data[1][1][3]))
+    data[0][1][:2] = VOID
+    found = audit(train_harbour(bias=0.), data, HARBOUR, progress=False)
+    page,text,plain = read(found, tmp_path)
+    named = json.loads(plain)['doubtful']
+    assert named[0]['image']=='image 11' and len(named)==5 and not {'image 0','image 1'}&{o['image'] for o in named}
+    assert re.search(r'look at first.*?\| image 11 \|', text, re.S) and re.search('look at first.*?image 11<', page,
+                                                                                  re.S)
 
 def test_same_audit_same_page(batches, tmp_path):
     pages = [audit(net(), batches, HARBOUR, progress=False).report(tmp_path/f'{i}.html')[0].read_bytes()
@@ -333,8 +372,10 @@ def test_images_of_several_sizes(tmp_path):
     found = audit(ToyNet(4), data, 4, progress=False)
     assert found.images==found.total==6 and found.sizes==('16x16','24x24','32x32')
     assert '16x16, 24x24, 32x32 pixels' in found.report(tmp_path/'a.md')[0].read_text()
-    with pytest.raises(ValueError, match='resize the images'):
-        audit(ToyNet(4), [(torch.rand(1, 3, 16, 16), torch.zeros(1, 8, 8).long())], 4, progress=False)
+    small,model = [(x, y[:,::2,::2]) for x,y in data[:2]],ToyNet(4)
+    own = audit(model, small, 4, progress=False)
+    assert own.sizes==('16x16 (labels 8x8)','24x24 (labels 12x12)') and torch.equal(own.context.confusion,
+                                                                                    evaluate(model, small, 4))
 
 def test_no_images():
     with pytest.raises(ValueError, match='`data` is empty'): audit(ToyNet(4), [], 4, progress=False)
@@ -428,6 +469,21 @@ def test_images_of_a_folder_are_shown_as_the_run_was_trained(tmp_path):
                        for o in ({}, {'data':data}, {'data':data, 'size':(96,128)}))
     assert own.sizes==other.sizes and given.sizes!=own.sizes
     assert own.to_dict()['networks'][0]['miou']==other.to_dict()['networks'][0]['miou']
+
+def test_labels_at_the_size_of_their_files(tmp_path):
+    """A run that saw small images is measured as `evaluate` does with `full_size_dl`, and images are called by their
+    files."""
+    from dropclass.data.camvid import write_toy_camvid
+    from dropclass.data.core import full_size_dl
+    options = dict(data='camvid', path=str(write_toy_camvid(tmp_path/'camvid')), method='plain', arch='small', epochs=1,
+                   bs=2)
+    run = train_run(Config(size=(24,32), **options), tmp_path/'run', progress=False, write=lambda o: None)
+    found,dls = audit(load_run(run.folder), progress=False),run.load_data()
+    assert torch.equal(found.context.confusion,
+                       evaluate(run.load_model(), full_size_dl(dls.valid), 11, dls.spec.ignore_index))
+    labelled = sum(int((dls.valid.dataset.source.own_mask(i)!=dls.spec.ignore_index).sum()) for i in range(3))
+    assert found.context.confusion.sum()==labelled and found.sizes==('24x32 (labels 48x64)',)
+    assert {o['image'] for o in found.to_dict()['doubtful']}=={'000.png','001.png','002.png'}
 
 def test_two_networks_are_compared_on_classes_that_occur():
     "One stray pixel of a class that is in no image neither puts a network behind nor counts as a class."

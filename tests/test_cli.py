@@ -142,7 +142,8 @@ def test_no_name_steers_the_terminal(start, tmp_path):
     from dropclass.data.core import write_toy_folder
     write_toy_folder(tmp_path, 8, 3, (32,48))
     (tmp_path/'classes.txt').write_text('a\nb\nc\n\x1b[2Jnever\n')
-    folder = ['folder', '--path', tmp_path, '--epochs', 1, '--bs', 4, '--threads', 1, '--out', tmp_path/'run\x1b[31m\u202e']
+    folder = ['folder', '--path', tmp_path, '--epochs', 1, '--bs', 4, '--threads', 1, '--out',
+              tmp_path/'run\x1b[31m\u202e']
     code,out,err = finish(start('train', *folder))
     assert code==0, err
     assert r'into' in out and r'run\x1b[31m\u202e' in out.splitlines()[0] and r'\x1b[2Jnever' in out
@@ -291,8 +292,11 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('predict', ['RUNS/plain', 'RUNS/plain/config.json', '--out', 'NEW'], 'Cannot read'),
     ('predict', ['RUNS/plain', 'RUNS/plain/examples.png', '--out', 'NEW', '--path-of', 'drop'],
      "`--path-of` must be one of 'plain'"),
+    ('train', ['scenes', '--dropclass', 'alpha=1,alpha=2', '--out', 'NEW'], "gives 'alpha' twice"),
     ('tune', ['RUNS/plain', '--weights', '1,2'], '`--weights` is for --model'),
     ('tune', ['RUNS/plain', '--taus', '0,x'], "numbers with commas between, '0.5,1,2' say, got '0,x'"),
+    ('tune', ['--model', 'w.pth', '--arch', 'small', '--data', 'x', '--out', 'RUNS/plain/config.json'], 'is a file'),
+    ('demo', ['--n-test', '-1', '--out', 'NEW'], 'at least 1 scene'),
     ('demo', ['--size', 'big'], "got 'big'"),
 ])
 def test_errors_are_one_line_and_exit_code_2(runs, command, tmp_path, monkeypatch, name, args, says):

@@ -186,7 +186,6 @@ nbs/67_analysis.drop.ipynb
 nbs/70_run.experiment.ipynb
 nbs/73_run.distributed.ipynb
 nbs/75_run.audit.ipynb
-nbs/benchmarks/10_training_step.ipynb
 '''.split())
 
 

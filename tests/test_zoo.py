@@ -454,6 +454,12 @@ def mask_former(name):
     transformers = pytest.importorskip('transformers')
     swin = transformers.SwinConfig(embed_dim=6, depths=[1,1,1,1], num_heads=[1,1,1,1], image_size=64, window_size=4,
                                    out_features=['stage1','stage2','stage3','stage4'])
+    if name=='OneFormer': # Wants a task beside the images
+        sizes = dict.fromkeys(('hidden_dim','conv_dim','mask_dim','dim_feedforward','encoder_feedforward_dim',
+                               'text_encoder_width'), 32)
+        config = transformers.OneFormerConfig(backbone_config=swin, num_labels=C, num_queries=5, num_attention_heads=2,
+            encoder_layers=1, decoder_layers=2, text_encoder_num_layers=1, task_seq_len=9, is_training=False, **sizes)
+        return transformers.OneFormerForUniversalSegmentation(config)
     if name=='MaskFormer':
         decoder = transformers.DetrConfig(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
                                           decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
@@ -468,7 +474,7 @@ def mask_former(name):
 
 
 @pytest.mark.parametrize('adapter', [False, True], ids=['as it is', 'in the adapter'])
-@pytest.mark.parametrize('name', ['MaskFormer', 'Mask2Former'])
+@pytest.mark.parametrize('name', ['MaskFormer', 'Mask2Former', 'OneFormer'])
 def test_mask_transformers_are_refused(name, adapter):
     "They predict masks and a class for each: the error says why that is no place for DropClass."
     torch.manual_seed(0)

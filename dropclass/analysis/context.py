@@ -98,7 +98,7 @@ def image_stats(
     "Measure the mean colour of a data set, and its spread."
     if iter(data) is data: raise ValueError(_ONCE)
     n,total,squares = 0,0.,0.
-    for x,_ in iter_batches(data, device, max_images):
+    for x,_ in iter_batches(data, device, max_images, alike=False):
         x = x.double().transpose(0, 1).flatten(1)
         n,total,squares = n+x.shape[1],total+x.sum(1),squares+(x**2).sum(1)
     if not n: raise ValueError("There are no images: `data` is empty")
@@ -156,11 +156,12 @@ def make_fill(
 # %% ../../nbs/61_analysis.context.ipynb #de2b11e2
 def erase(
     image:Tensor, # Image (3,H,W)
-    erased:Tensor, # Which pixels to erase (H,W), bool
+    erased:Tensor, # Which pixels to erase (H,W), bool; of another size it is resized
     fill, # What `make_fill` gave
     i:int=0, # Number of the image
 ) -> Tensor: # Image (3,H,W)
     "Paint over some pixels of an image."
+    if erased.shape!=image.shape[1:]: erased = F.interpolate(erased[None,None].float(), image.shape[1:])[0,0]>0
     paint = fill(image, erased, i)
     if paint.shape==image.shape: return torch.where(erased, paint.to(image), image)
     raise ValueError(f"The fill returned shape {tuple(paint.shape)} for an image of shape {tuple(image.shape)}: "
@@ -219,7 +220,7 @@ def add(self:ErasedImages,
     before:Tensor, # Counts (C,C) of the whole image
 ):
     "Take one image; run a batch when there are enough."
-    if self.waiting and self.waiting[0][0].shape!=image.shape: self.flush()
+    if self.waiting and [o.shape for o in self.waiting[0][:2]]!=[image.shape, target.shape]: self.flush()
     self.waiting.append((image, target, c, before))
     if len(self.waiting)>=self.bs: self.flush()
 
@@ -284,7 +285,7 @@ def colocation(
     subject,start = open_model(model, spec, label),time.perf_counter()
     data = open_data(subject, data, test)
     paint = fill_for(fill, data, subject.device, max_images, seed)
-    batches = iter_batches(show_progress(data, progress), subject.device, max_images)
+    batches = iter_batches(show_progress(data, progress), subject.device, max_images, alike=False)
     with torch.no_grad(), eval_mode(subject.model):
         total,change,presence,n,passes = _count_copies(subject, batches, paint, bs)
     if not n: raise ValueError("There are no images: `data` is empty")

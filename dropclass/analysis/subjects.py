@@ -162,13 +162,14 @@ def _check_sizes(x, y):
     (h,w),(a,b) = x.shape[-2:],y.shape[-2:]
     if (h,w)!=(a,b):
         raise ValueError(f"Images are {(h,w)} and labels {(a,b)} pixels (height, width): "
-                         "resize the images to the size of the labels, erasing needs both alike")
+                         "resize the images to the size of the labels, this needs both alike")
 
 # %% ../../nbs/59_analysis.subjects.ipynb #2f2a18d3
 def iter_batches(
     data, # Batches with images first and labels last, or dicts; single images (3,H,W) are batches of one
     device='cpu', # Where tensors go
     max_images:int|None=None, # Stop after so many images; None takes all
+    alike:bool=True, # Refuse labels of another size than the images?
 ): # Iterator over images (N,3,H,W) and labels (N,H,W)
     "Walk through the batches as plain tensors."
     if max_images is not None and max_images<1:
@@ -177,7 +178,7 @@ def iter_batches(
     for batch in data:
         x,y = (o.as_subclass(Tensor).to(device) for o in batch_parts(batch))
         if x.ndim==3: x,y = x[None],y[None]
-        _check_sizes(x, y)
+        if alike: _check_sizes(x, y)
         if left is not None: x,y = x[:left],y[:left]
         if len(x): yield x,y.long()
         if left is not None and (left := left-len(x))<=0: return
@@ -230,8 +231,8 @@ def build_network(
     if kind=='smp': return _smp_network(name, num_classes, in_chans)
     if kind in ('timm','unet') or arch in model_names(): return create_model(arch, num_classes, in_chans=in_chans)
     known = ', '.join(map(repr, model_names()))
-    raise ValueError(f"`arch` must be one of {known}, 'timm:NAME', 'unet:NAME', 'torchvision:NAME' or 'smp:ARCH:ENCODER', "
-                     f"got {arch!r}")
+    raise ValueError(f"`arch` must be one of {known}, 'timm:NAME', 'unet:NAME', 'torchvision:NAME' "
+                     f"or 'smp:ARCH:ENCODER', got {arch!r}")
 
 # %% ../../nbs/59_analysis.subjects.ipynb #db1d8571
 _WRAPPERS = ('','module.','_orig_mod.','model.','net.','module._orig_mod.')
@@ -335,7 +336,8 @@ def open_images(
     if names is not None and kind!='folder':
         raise ValueError(f"Class names are for a folder of `images` and `masks`; {path} has its own: leave them out")
     if in_chans!=3 and kind!='folder':
-        raise ValueError(f"The network reads images of {in_chans} channels, those of {path} have 3: give a folder of its own")
+        raise ValueError(f"The network reads images of {in_chans} channels, those of {path} have 3: "
+                         "give a folder of such images")
     read = dict(label_map=label_map, in_chans=in_chans, bits=bits)
     if kind=='folder': return *_open_folder(path, names, fit=fit, read=read, **options),None
     dls = scenes_dls(**options) if kind=='scenes' else camvid_dls(path, **options)

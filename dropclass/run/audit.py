@@ -72,7 +72,8 @@ def audit_files(
     check_request(runs, weights, archs, data, bool(size or names))
     loader = spec = counts = None
     if data is not None:
-        options = image_options(load_run(runs[0]).config) if runs else dict(in_chans=file_channels(weights[0], archs[0]))
+        options = image_options(load_run(runs[0]).config) if runs else {}
+        if not runs: options['in_chans'] = file_channels(weights[0], archs[0])
         if size: options['size'] = size
         loader,spec,counts = open_images(data, names=names, test=kwargs.get('test', 'valid'), **options)
     first,*others = open_subjects(runs, weights, archs, spec, path, device)

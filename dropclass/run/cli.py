@@ -125,6 +125,7 @@ def read_options(
         key,equals,value = (o.strip() for o in part.partition('='))
         if not (key.isidentifier() and equals and value):
             raise ValueError(f"`{name}` must be KEY=VALUE, several with commas between, got {part!r}")
+        if key in options: raise ValueError(f"`{name}` gives {key!r} twice: leave out one of them")
         options[key] = read_value(value, (kinds or {}).get(key), key)
     return options
 
@@ -526,6 +527,7 @@ def _check_tuned(run, model, others):
     if run is not None and given: raise ValueError(f"`--{given[0]}` is for --model, a run knows its own: leave it out")
     if run is None and None in (others['arch'], others['data']):
         raise ValueError("--model needs --arch, its architecture, and --data, labelled images")
+    if others['out'] and others['out'].is_file(): raise FileExistsError(f"{others['out']} is a file: give a folder")
 
 @call_parse(pos=['run'])
 def tune(

@@ -116,11 +116,12 @@ def tuned_text(
     folders:Iterable, # Folders of runs
     test:str='valid', # Test set to score
     path:str|None=None, # 'plain', 'drop' or 'mean' where a run has it; None is the path that predicts
-) -> str: # A table with a line of explanation; empty where a run has no `prior.npz`
+) -> str: # A table with a line of explanation; empty where nothing was counted
     "Put runs side by side as trained, and tuned: each half of the images at the tau that the other half chooses."
     folders = [Path(o) for o in folders]
-    if not all((o/'prior.npz').is_file() for o in folders): return ''
-    own = [path if f'{test}/{path}/halves' in prior_counts(o) else None for o in folders] # A plain run has one path
+    counted = test!='full' and all((o/'prior.npz').is_file() for o in folders)
+    if not counted: return ''
+    own = [path if path in load_run(o).metrics['tests'].get(test, {}) else None for o in folders] # A plain run has one
     rules = {'as trained':0., 'tuned':'half'}
     found = [tuned_rows([o], rules, (test,), p).set_index('rule') for o,p in zip(folders, own)]
     cells = [{'tau':f"{o.tau['tuned']:g}", **{f'{name}, {rule}':f'{o[column][rule]:.1f}'

@@ -7,7 +7,8 @@ __all__ = ['check_options', 'DropClassCallback', 'StepPlan', 'added_terms']
 
 # %% ../nbs/30_callback.ipynb #d02fc619
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from operator import attrgetter, index
 
@@ -20,7 +21,7 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import CastToTensor
 from .core import check_choice, step_generator
-from .features import dropped_class, sample_keep_mask
+from .features import dropped_class, kept_sums, sample_keep_mask
 from .fused import fuses, resize_dropclass_loss
 from .head import HEAD_CHOICES, HEAD_OPTIONS, split_paths
 from .history import DropClassHistory
@@ -173,7 +174,7 @@ class StepPlan:
     dropped_class:int|None # The label of the dropped class; None if all are kept
     paths:StepPaths # Which paths run, and their weights in the total loss
     generator:torch.Generator # The step's random source, behind what was drawn
-    shuffle:Tensor|None=None # Order of the channels (K,) of a control, see `class_scale`
+    sums:Callable=field(default=kept_sums, repr=False) # Adds the classes up, see `class_scale`
     resize:dict|None=None # Options of the fused loss; None on the stacked route
     logits:tuple=(None,None) # Logits of the plain and of the drop path; small on the fused route
     yb:tuple=() # The labels, while fastai looks at one pixel
@@ -210,7 +211,7 @@ def before_batch(self:DropClassCallback):
     "Plan the step, choose its route, and arm the head."
     self.now = plan = self.plan_step()
     plan.resize = self.small_route()
-    wanted = dict(only=plan.paths.path, shuffle=plan.shuffle, small_only=plan.resize is not None)
+    wanted = dict(only=plan.paths.path, sums=plan.sums, small_only=plan.resize is not None)
     self.drop_step = self.drop_head.arm(plan.keep_mask, plan.lam, **wanted)
 
 # %% ../nbs/30_callback.ipynb #c0a10028

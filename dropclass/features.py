@@ -6,8 +6,7 @@
 __all__ = ['class_features', 'sample_keep_mask', 'dropped_class', 'cycled_class', 'average_kept', 'class_scale', 'drop_features']
 
 # %% ../nbs/11_features.ipynb #6043b3fe
-from collections.abc import Iterable
-from functools import partial
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -169,35 +168,19 @@ def mean_scale(
     mean = positive.detach().mean(axes, keepdim=True)
     return torch.where(mean>0, mean, torch.ones_like(mean))
 
-# %% ../nbs/11_features.ipynb #d154bc99
-def shuffled_sums(
-    importance:Tensor, # Importance (C,K), (C,K,h1,w1) or (N,C,K,h1,w1)
-    weight:Tensor, # Weight of each class (C,), 0 for the dropped one
-    shuffle:Tensor, # Order of the channels (K,)
-    spatial:int=2, # Spatial axes of the features: 2 for images, 3 for volumes
-) -> tuple: # Weighted sums of the positive and of the negative part
-    "Add up all classes, then take the dropped class's part from other channels than its own."
-    if not isinstance(importance, Tensor): raise ValueError("A shuffled drop needs the importance as a tensor: "
-        "a classifier whose importance comes from autograd has no such control")
-    axis = -1-spatial if importance.ndim>2 else -1
-    full = torch.full_like(weight, weight.max().item())
-    every,removed = kept_sums(importance, full, spatial),kept_sums(importance, full-weight, spatial)
-    return tuple((a-b.index_select(b.ndim+axis, shuffle.to(b.device))).clamp(min=0) for a,b in zip(every, removed))
-
 # %% ../nbs/11_features.ipynb #b4add9c1
 def class_scale(
     importance:Tensor|Iterable, # Importance S: (C,K), (C,K,h1,w1) or (N,C,K,h1,w1), or `iter_importance(...)`
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     average:str='all', # Divide by 'all' classes (the paper) or by the 'kept' ones (the authors' code)
     scale:str='raw', # 'raw' as Eq. (4) has it; 'unit' divides both by the mean of the positive part, detached
-    shuffle:Tensor|None=None, # Order of the channels (K,): random ones lose what the class has. None drops the class
+    sums:Callable=kept_sums, # Adds the classes up; a control may take other channels than the dropped class's own
     spatial:int=2, # Spatial axes of the features: 2 for images, 3 for volumes, 1 for lines
 ) -> tuple: # Positive and negative scale, each (K,), (K,h1,w1) or (N,K,h1,w1); gradients reach the importance
     "Sum the kept classes' importance: the two factors of Eq. (4)."
     check_choice(scale, ('raw','unit'), 'scale')
     weight = class_weights(keep_mask, average)
-    sums = kept_sums if shuffle is None else partial(shuffled_sums, shuffle=shuffle)
-    positive,negative = sums(importance, weight, spatial=spatial)
+    positive,negative = sums(importance, weight, spatial)
     if scale=='raw': return positive,negative
     unit = mean_scale(positive, spatial)
     return positive/unit,negative/unit
@@ -210,11 +193,11 @@ def drop_features(
     average:str='all', # Divide by 'all' classes (the paper) or by the 'kept' ones (the authors' code)
     scale:str='raw', # 'raw' as Eq. (4) has it, or 'unit': see `class_scale`
     signed:bool=True, # May features be negative? False skips the second term, and is right only behind a ReLU
-    shuffle:Tensor|None=None, # Order of the channels (K,) for the control of `class_scale`
+    sums:Callable=kept_sums, # Adds the classes up, see `class_scale`
 ) -> Tensor: # Features after the drop (N,K,h1,w1), in the dtype of the features
     "Drop a class from the features, Eq. (2) and (4) factorised."
     if isinstance(importance, Tensor): importance_maps(importance, features) # Checks the shape
-    scales = class_scale(importance, keep_mask, average, scale, shuffle, features.ndim-2)
+    scales = class_scale(importance, keep_mask, average, scale, sums, features.ndim-2)
     each = [1]*(features.ndim-2) # A scale of one number per channel holds for every position
     scales = (o.view(-1, *each) if o.ndim==1 else o for o in scales)
     positive,negative = (o.to(features.dtype) for o in scales)

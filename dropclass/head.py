@@ -9,7 +9,7 @@ __all__ = ['HEAD_CHOICES', 'HEAD_OPTIONS', 'conv_kind', 'has_kernel', 'kernel_of
 # %% ../nbs/20_head.ipynb #925539e5
 import contextlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fastcore.basics import patch
 from .core import check_choice
 from .importance import conv_importance, iter_importance
-from .features import class_scale, drop_features
+from .features import class_scale, drop_features, kept_sums
 
 # %% ../nbs/20_head.ipynb #430deec6
 HEAD_CHOICES = {'average':('all','kept'), 'scale':('unit','raw'), 'predict':('auto','plain','drop','mean'),
@@ -137,7 +137,7 @@ class DropStep:
     keep_mask:Tensor # Mask (C,), 1 = kept, 0 = dropped
     path:str='both' # Which path runs: 'both', 'plain' or 'drop'
     in_eval:bool=False # Count in evaluation mode too?
-    shuffle:Tensor|None=None # Order of the channels (K,) for the control of `class_scale`
+    sums:Callable=kept_sums # Adds the classes up, see `class_scale`
     small_only:bool=False # Keep the logits in `small` instead of sending them through the network's tail?
     small:tuple|None=None # Left by the head: logits of both paths (N,C,h1,w1); None for a path that did not run
     answered:bool=False # Left by the head: did it run?
@@ -197,15 +197,15 @@ def importance(self:DropClassHead,
 def mix_features(self:DropClassHead,
     features:Tensor, # Features (N,K,h1,w1)
     keep_mask:Tensor, # Mask (C,), 1 = kept
-    shuffle:Tensor|None=None, # Order of the channels (K,) for the control of `class_scale`
+    sums:Callable=kept_sums, # Adds the classes up, see `class_scale`
 ) -> Tensor: # Mixed channels (N,K,h1,w1)
     "Drop a class, and run the block's convolution."
     mix,importance,kind = self.compensation[0],self.importance(features),(self.average, self.scale)
     if self.form=='closed form' and not self.signed:
-        positive,_ = class_scale(importance, keep_mask, *kind, shuffle)
+        positive,_ = class_scale(importance, keep_mask, *kind, sums)
         weight = mix.weight*positive.view(1, -1, *[1]*(mix.weight.dim()-2))
         return mix._conv_forward(features, weight.to(mix.weight.dtype), None)
-    return mix(drop_features(features, importance, keep_mask, *kind, signed=self.signed, shuffle=shuffle))
+    return mix(drop_features(features, importance, keep_mask, *kind, signed=self.signed, sums=sums))
 
 # %% ../nbs/20_head.ipynb #86835934
 @contextlib.contextmanager
@@ -220,13 +220,13 @@ def _still_stats(norm):
 def drop_logits(self:DropClassHead,
     features:Tensor, # Features (N,K,h1,w1)
     keep_mask:Tensor|None=None, # Mask (C,), 1 = kept; None keeps all classes
-    shuffle:Tensor|None=None, # Order of the channels (K,) for the control of `class_scale`
+    sums:Callable=kept_sums, # Adds the classes up, see `class_scale`
 ) -> Tensor: # Logits of the drop path (N,C,h1,w1)
     "Predict from the features of the kept classes."
     whole = torch.ones(self.num_classes, device=features.device)
     keep_mask = whole if keep_mask is None else keep_mask.to(features.device)
     _,norm,act = self.compensation
-    mixed = self.mix_features(features, keep_mask, shuffle)
+    mixed = self.mix_features(features, keep_mask, sums)
     if self.norm_stats=='all' or not norm.training or keep_mask is whole: return self.classify(act(norm(mixed)))
     with torch.no_grad(): norm(self.mix_features(features, whole)) # Moves the running statistics
     with _still_stats(norm): return self.classify(act(norm(mixed)))
@@ -366,7 +366,7 @@ def answer_armed(self:DropClassHead,
     path = getattr(self.tail, 'path', None) or step.path # A tail that runs twice asks for one path at a time
     step.answered = True
     logits = None if path=='drop' else self.classify(features)
-    drop_logits = None if path=='plain' else self.drop_logits(features, step.keep_mask, step.shuffle)
+    drop_logits = None if path=='plain' else self.drop_logits(features, step.keep_mask, step.sums)
     if step.path=='plain': logits = logits+0*sum(o.sum() for o in self.compensation.parameters())
     if step.small_only: return step.keep_small(logits, drop_logits)
     return torch.cat([o for o in (logits, drop_logits) if o is not None])

@@ -356,13 +356,8 @@ def choose_paths(
     lam:float, # Weight of the drop path, lambda, in [0,1]
     dropped_class:int|None, # The dropped class z; None if all are kept
     alpha:float=1., # Weight of the suppression term, at least 0; the paper's is 10
-    sample:bool=False, # Run one path only, drawn with probability `lam` for the drop path?
-    generator:torch.Generator|None=None, # Random source of that draw; None is the global one
 ) -> StepPaths: # Which paths, and their weights
-    "Leave out what has weight 0, or draw one path."
-    if sample:
-        drops = torch.rand(1, generator=generator).item()<lam
-        return StepPaths('drop', 1., alpha/lam) if drops else StepPaths('plain', 0., 0.)
+    "Leave out what has weight 0."
     if lam==1: return StepPaths('drop', 1., alpha)
     if lam==0 and (dropped_class is None or alpha==0): return StepPaths('plain', 0., 0.)
     return StepPaths('both', lam, alpha)

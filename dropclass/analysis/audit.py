@@ -146,7 +146,8 @@ def erased_example(
     found = cell_images(subject.model, data, gone, hurt, fill, max_images, seed, subject.device)
     best = max(found, key=lambda o: o.gone, default=None)
     if best is None: return None
-    text = (f"Image {best.number}: of {int((best.target==hurt).sum())} pixels of {spec.names[hurt]}, {best.gone} are lost "
+    pixels = int((best.target==hurt).sum())
+    text = (f"Image {best.number}: of {pixels} pixels of {spec.names[hurt]}, {best.gone} are lost "
             f"when {spec.names[gone]} is erased.")
     shots = dict(image=to_picture(best.image, data), before=colorize(best.before, spec),
                  erased=to_picture(best.erased, data), after=colorize(best.after, spec))

@@ -52,7 +52,9 @@ def main(
     target = Path(folder) if folder else Path(tempfile.mkdtemp()) if quick else HERE.parent/'results'
     for name in names:
         start,suffix = time.perf_counter(),'' if device=='cpu' else f'_{device}'
-        where = ['--threads', '1,2' if name=='fused_loss' and device=='cpu' else str(threads)]+([] if name=='audit' else ['--device', device])
+        where = ['--threads',
+                 '1,2' if name=='fused_loss'
+                 and device=='cpu' else str(threads)]+([] if name=='audit' else ['--device', device])
         args = [*(QUICK if quick else SCRIPTS)[name], *where, '--csv', str(target/f'{name}{suffix}.csv')]
         print(f"\n{name} {' '.join(args)}", flush=True)
         subprocess.run([sys.executable, '-W', 'ignore', str(HERE/f'{name}.py'), *args], check=True)

@@ -20,11 +20,13 @@ def ways(model, batches, spec):
     "The three ways as functions; each returns its counts."
     paint = make_fill('mean', image_stats(batches, 'cpu', None), 0)
     count = lambda x,y: image_counts(model, x, y, spec).sum(0)
-    def without(x, y, c, start): return torch.stack([erase(image, labels==c, paint, start+i) for i,(image,labels) in enumerate(zip(x, y))])
+    def without(x, y, c, start):
+        return torch.stack([erase(image, labels==c, paint, start+i) for i,(image,labels) in enumerate(zip(x, y))])
     @torch.no_grad()
     def evaluate(_=0): return sum(count(x, y) for x,y in batches)
     @torch.no_grad()
-    def naive(_=0): return evaluate(),torch.stack([sum(count(without(x, y, c, n*len(x)), y) for n,(x,y) in enumerate(batches)) for c in range(len(spec))])
+    def naive(_=0): return evaluate(),torch.stack([sum(count(without(x, y, c, n*len(x)), y)
+                                                       for n,(x,y) in enumerate(batches)) for c in range(len(spec))])
     return dict(evaluate=evaluate, audit=lambda _=0: colocation(model, batches, spec), naive=naive)
 
 
@@ -44,12 +46,16 @@ def main(
     model = make_base(arch, len(dls.spec)).eval()
     fs = ways(model, batches, dls.spec)
     found,(whole,erased) = fs['audit'](),fs['naive']()
-    if not (torch.equal(found.confusion, whole) and (found.erased-erased).abs().sum()<=1e-3*erased.sum()): raise ValueError("The audit and the naive way do not agree")
+    if not (torch.equal(found.confusion, whole) and (found.erased-erased).abs().sum()<=1e-3*erased.sum()):
+        raise ValueError("The audit and the naive way do not agree")
     times = measure(fs, rounds)
     passes = dict(evaluate=images, audit=found.passes, naive=found.naive_passes)
     rows = []
     for name,both in times.items():
-        row = setting(arch, parse_size(size), images, len(dls.spec), rounds, threads, 'cpu') | dict(way=name, passes=passes[name], seconds=round(median(o[0] for o in both)/1000, 3))
-        rows.append(row | dict(zip(('ratio_low', 'ratio', 'ratio_high'), spread([a[0]/b[0] for a,b in zip(both, times['evaluate'])], 2))))
+        row = setting(arch, parse_size(size), images, len(dls.spec), rounds, threads,
+                      'cpu') | dict(way=name, passes=passes[name], seconds=round(median(o[0] for o in both)/1000, 3))
+        rows.append(row
+                    | dict(zip(('ratio_low', 'ratio', 'ratio_high'),
+                               spread([a[0]/b[0] for a,b in zip(both, times['evaluate'])], 2))))
     show(rows, ['arch', 'way', 'passes', 'seconds', 'ratio_low', 'ratio', 'ratio_high'])
     write_csv(rows, csv)

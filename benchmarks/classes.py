@@ -1,15 +1,18 @@
-"""How a step grows with the number of classes, at fixed image size: the whole step beside plain, and the part of the drop path that is neither classifier nor loss.
+"""How a step grows with the number of classes, at fixed image size: the whole step beside plain, and the part of the
+drop path that is neither classifier nor loss.
 
     python benchmarks/classes.py --threads 2 --csv results/classes.csv
 
-`outside_ms` is forward and backward from the features to the compensated features of the drop path, at the size of this network and image: importance, scale,
+`outside_ms` is forward and backward from the features to the compensated features of the drop path, at the size of this
+network and image: importance, scale,
 convolution, BatchNorm, ReLU. The classifier, the resize and the losses must grow with the classes; this must not.
 """
 import torch
 from fastcore.script import call_parse
 from statistics import median
 
-from common import TIMES, keep_mask, make_base, make_batch, make_steps, measure, parse_size, setting, show, summary, timed, write_csv
+from common import (TIMES, keep_mask, make_base, make_batch, make_steps, measure, parse_size, setting, show, summary,
+                    timed, write_csv)
 from dropclass.surgery import add_dropclass
 
 
@@ -17,7 +20,8 @@ def outside_step(arch, classes, x, channels_last=True):
     "Forward and backward of the drop path without its classifier."
     model = make_base(arch, classes, x.device, channels_last).train()
     head,seen = add_dropclass(model, classes),[]
-    handle = head.register_forward_pre_hook(lambda m,args: seen.append(args[0].detach().clone(memory_format=torch.preserve_format).requires_grad_()))
+    handle = head.register_forward_pre_hook(
+        lambda m,args: seen.append(args[0].detach().clone(memory_format=torch.preserve_format).requires_grad_()))
     with head.dropping(keep_mask(classes)), torch.no_grad(): model(x)
     handle.remove()
     head.classify = lambda features: features # What the classifier would have been given
@@ -51,6 +55,7 @@ def main(
         steps = make_steps(arch, C, x, y, ('plain', 'dropclass'), True)
         new = summary(measure(steps, rounds, device))
         share = (outside[C]-outside[counts[0]])/new[0]['wall_ms_median']
-        rows += [setting(arch, parse_size(size), 1, C, rounds, threads, device) | o | dict(outside_ms=round(outside[C], 1), outside_growth=round(share, 4)) for o in new]
+        rows += [setting(arch, parse_size(size), 1, C, rounds, threads, device) | o
+                 | dict(outside_ms=round(outside[C], 1), outside_growth=round(share, 4)) for o in new]
         show(rows[-2:], TIMES+['outside_ms', 'outside_growth'])
         write_csv(rows, csv)

@@ -1,7 +1,10 @@
-"""What the benchmarks share: a batch, the variants of a training step, timing in turn, memory of fresh processes, and tables.
+"""What the benchmarks share: a batch, the variants of a training step, timing in turn, memory of fresh processes, and
+tables.
 
-Every variant of a step has a model of its own with equal weights. Each round runs one step of every variant, in an order that rotates, and ratios are taken
-within a round: what slows the machine down for a while then slows all of them. Processor time stands beside the clock's: where other programs share the
+Every variant of a step has a model of its own with equal weights. Each round runs one step of every variant, in an
+order that rotates, and ratios are taken
+within a round: what slows the machine down for a while then slows all of them. Processor time stands beside the
+clock's: where other programs share the
 machine, it is the steadier of the two. lambda is 0.5 and a class is dropped in every step.
 
 plain                 F.cross_entropy on logits (N,C,H,W) in a plain loop: what everything is compared with
@@ -10,10 +13,13 @@ plain, Flat           fastai's CrossEntropyLossFlat in the plain loop
 plain, Learner        fastai's Learner with nn.CrossEntropyLoss, one batch with all its events
 dropclass             the head and the fused losses in the plain loop: what DropClassCallback does
 dropclass, Learner    the same as a user gets it: DropClassCallback in a Learner
-dropclass, stacked    the head and `dropclass_loss`, both paths through the model's tail: what happens where the losses cannot be fused
-authors' formula      drop path as the paper's authors describe it: scale is the mean of ReLU(W) over the kept classes, convolution, BatchNorm, ReLU, the
+dropclass, stacked    the head and `dropclass_loss`, both paths through the model's tail: what happens where the losses
+                      cannot be fused
+authors' formula      drop path as the paper's authors describe it: scale is the mean of ReLU(W) over the kept classes,
+                      convolution, BatchNorm, ReLU, the
                       classifier again; each path is resized by itself, and a softmax of its own gives the suppression
-Grad-CAM              Eq. (1) to (4) as they are written: the importance of each kept class by autograd, its features, their average
+Grad-CAM              Eq. (1) to (4) as they are written: the importance of each kept class by autograd, its features,
+                      their average
 """
 import copy
 import csv as csv_module
@@ -64,7 +70,8 @@ def make_batch(bs, size, classes, device='cpu', channels_last=False):
     "Random images, labels in blocks, a void frame."
     gen = torch.Generator().manual_seed(0)
     x = torch.randn(bs, 3, *size, generator=gen)
-    y = torch.randint(classes, (bs, size[0]//16, size[1]//16), generator=gen).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    y = torch.randint(classes, (bs, size[0]//16, size[1]//16),
+                      generator=gen).repeat_interleave(16, 1).repeat_interleave(16, 2)
     y[:, :4] = VOID
     x = x.to(device)
     return x.to(memory_format=torch.channels_last) if channels_last else x, y.to(device)
@@ -115,7 +122,8 @@ def stacked(model, classes):
 
 
 def second_path(model, classes, drop):
-    "The loss of a loop whose second path classifies `drop(features, logits, classifier)`, a block and the classifier behind it."
+    """The loss of a loop whose second path classifies `drop(features, logits, classifier)`, a block and the classifier
+    behind it."""
     classifier = model.get_submodule(find_classifier(model, classes))
     model.extra = compensation_block(classifier.in_channels).to(classifier.weight.device)
     seen = []
@@ -133,7 +141,9 @@ def second_path(model, classes, drop):
 
 def authors_formula(model, classes):
     kept = [c for c in range(classes) if c!=DROPPED]
-    return second_path(model, classes, lambda features,logits,classifier: features*classifier.weight.flatten(1).relu()[kept].mean(0)[:,None,None])
+    def drop(features, logits, classifier):
+        return features*classifier.weight.flatten(1).relu()[kept].mean(0)[:,None,None]
+    return second_path(model, classes, drop)
 
 
 def gradcam(model, classes):
@@ -150,7 +160,8 @@ def gradcam(model, classes):
 def in_learner(model, x, y, cbs=None):
     "A step of fastai's Learner: one batch with all its events; `step(pct)` is the share of the training that is done."
     one = DataLoader(list(zip(x.cpu(), y.cpu())), bs=len(x))
-    learn = Learner(DataLoaders(one, one, device=x.device), model, nn.CrossEntropyLoss(ignore_index=VOID), cbs=cbs, opt_func=sgd)
+    learn = Learner(DataLoaders(one, one, device=x.device), model, nn.CrossEntropyLoss(ignore_index=VOID), cbs=cbs,
+                    opt_func=sgd)
     learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
     learn.create_opt()
     learn.n_epoch,learn.epoch,learn.n_iter,learn.dl = 1,0,10_000,learn.dls.train
@@ -168,13 +179,17 @@ def only_class(classes): return [o for o in range(classes) if o!=DROPPED]
 def build_step(name, base, classes, x, y, callback=DropClassCallback, **cb_options):
     "The step of one variant."
     model = copy.deepcopy(base)
-    loops = {'plain':lambda m: plain, 'plain again':lambda m: plain, 'plain, Flat':lambda m: flat(), 'dropclass':lambda m: fused(m, classes),
-             'dropclass, stacked':lambda m: stacked(m, classes), "authors' formula":lambda m: authors_formula(m, classes), 'Grad-CAM':lambda m: gradcam(m, classes)}
+    loops = {'plain':lambda m: plain, 'plain again':lambda m: plain, 'plain, Flat':lambda m: flat(),
+             'dropclass':lambda m: fused(m, classes),
+             'dropclass, stacked':lambda m: stacked(m, classes),
+             "authors' formula":lambda m: authors_formula(m, classes), 'Grad-CAM':lambda m: gradcam(m, classes)}
     if name in loops: return looped(model, loops[name](model), x, y)
     if name=='plain, Learner': return in_learner(model, x, y)
-    return in_learner(model, x, y, callback(**{**dict(lam=LAM, drop_prob=1., never_drop=only_class(classes)), **cb_options}))
+    return in_learner(model, x, y,
+                      callback(**{**dict(lam=LAM, drop_prob=1., never_drop=only_class(classes)), **cb_options}))
 
-VARIANTS = ('plain', 'plain again', 'plain, Flat', 'plain, Learner', 'dropclass', 'dropclass, Learner', 'dropclass, stacked', "authors' formula", 'Grad-CAM')
+VARIANTS = ('plain', 'plain again', 'plain, Flat', 'plain, Learner', 'dropclass', 'dropclass, Learner',
+            'dropclass, stacked', "authors' formula", 'Grad-CAM')
 
 def make_base(arch, classes, device='cpu', channels_last=False):
     "A network with random weights."
@@ -222,23 +237,28 @@ def summary(times, base='plain'):
         for i,kind in enumerate(('wall', 'cpu')):
             ms,of = [o[i] for o in both],[o[i] for o in times[base]]
             for k,v in zip(('low', 'median', 'high'), spread(ms, 1)): row[f'{kind}_ms_{k}'] = v
-            for k,v in zip(('low', 'median', 'high'), spread([a/b for a,b in zip(ms, of)], 3)): row[f'{kind}_ratio_{k}'] = v
+            for k,v in zip(('low', 'median', 'high'), spread([a/b for a,b in zip(ms, of)], 3)):
+                row[f'{kind}_ratio_{k}'] = v
         rows.append(row)
     return rows
 
 
 def in_fresh_process(script, *args, **environment):
     "Run a script on its own and return the last line that it prints."
-    done = subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True, env={**os.environ, **environment})
-    if done.returncode: raise RuntimeError(f"{Path(script).name} {' '.join(map(str, args))} failed:\n{done.stderr[-2000:]}")
+    done = subprocess.run([sys.executable, script, *map(str, args)], capture_output=True, text=True,
+                          env={**os.environ, **environment})
+    if done.returncode:
+        raise RuntimeError(f"{Path(script).name} {' '.join(map(str, args))} failed:\n{done.stderr[-2000:]}")
     return done.stdout.strip().splitlines()[-1]
 
 def peak_bytes(device='cpu'):
     "Peak memory of this process so far: resident on a CPU, of the allocator on a GPU."
     if torch.device(device).type=='cuda': return torch.cuda.max_memory_allocated()
     status = Path('/proc/self/status')
-    if status.exists(): return next(int(o.split()[1])*1024 for o in status.read_text().splitlines() if o.startswith('VmHWM'))
-    import resource # Where there is no /proc; on Linux it would count what the parent process held when it started this one
+    if status.exists():
+        return next(int(o.split()[1])*1024 for o in status.read_text().splitlines() if o.startswith('VmHWM'))
+    # Where there is no /proc; on Linux it would count what the parent process held when it started this one
+    import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)
 
 
@@ -273,15 +293,18 @@ def peak_tensors(step):
 
 def setting(arch, size, bs, classes, rounds, threads, device):
     "The columns that say what was measured."
-    return dict(arch=arch, height=size[0], width=size[1], batch=bs, classes=classes, rounds=rounds, threads=threads, device=torch.device(device).type, torch=torch.__version__)
+    return dict(arch=arch, height=size[0], width=size[1], batch=bs, classes=classes, rounds=rounds, threads=threads,
+                device=torch.device(device).type, torch=torch.__version__)
 
 def show(rows, columns):
     "Print some columns of a table."
     cells = [columns]+[[f'{row[c]}' for c in columns] for row in rows]
     widths = [max(len(o[i]) for o in cells) for i in range(len(columns))]
-    for o in cells: print('  '.join(c.ljust(w) if i==0 else c.rjust(w) for i,(c,w) in enumerate(zip(o, widths))), flush=True)
+    for o in cells:
+        print('  '.join(c.ljust(w) if i==0 else c.rjust(w) for i,(c,w) in enumerate(zip(o, widths))), flush=True)
 
-TIMES = ['arch', 'height', 'width', 'classes', 'variant', 'wall_ms_median', 'wall_ratio_low', 'wall_ratio_median', 'wall_ratio_high', 'cpu_ratio_median']
+TIMES = ['arch', 'height', 'width', 'classes', 'variant', 'wall_ms_median', 'wall_ratio_low', 'wall_ratio_median',
+         'wall_ratio_high', 'cpu_ratio_median']
 
 def write_csv(rows, path):
     "Write a table, its folder too."

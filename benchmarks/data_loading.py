@@ -1,9 +1,12 @@
-"""Is the data loader ever the bottleneck? Training images per second of one process, beside the images per second of a training step.
+"""Is the data loader ever the bottleneck? Training images per second of one process, beside the images per second of a
+training step.
 
     python benchmarks/data_loading.py --threads 2 --csv results/data_loading.csv
 
-Loading is everything up to the batch that the network gets: reading and decoding (or memory, where images are kept), random scale, crop and flip, normalisation.
-It runs on one thread in the training process (`num_workers=0`); with workers, it runs beside the step and each of them adds about as many images.
+Loading is everything up to the batch that the network gets: reading and decoding (or memory, where images are kept),
+random scale, crop and flip, normalisation.
+It runs on one thread in the training process (`num_workers=0`); with workers, it runs beside the step and each of them
+adds about as many images.
 
 scenes                generated street scenes, kept in memory after the first look
 files                 PNG files of 1024x2048 pixels with 19 classes, decoded every time, windows of 512x1024
@@ -31,9 +34,11 @@ def data_sets(folder, camvid, device, small):
     big = (64, 128) if small else (1024, 2048)
     files = write_toy_folder(folder, 5 if small else 10, 19, big)
     window = tuple(o//2 for o in big)
-    from_files = lambda cache: folder_dls(*files, [f'class {i}' for i in range(19)], bs=2, crop=window, cache=cache, device=device)
+    from_files = lambda cache: folder_dls(*files, [f'class {i}' for i in range(19)], bs=2, crop=window, cache=cache,
+                                          device=device)
     sets = [('scenes', 'small', lambda: scenes_dls(n_train=16, n_valid=2, size=(96,128), bs=8, device=device)),
-            ('files', 'hrnet_v1_w18', lambda: from_files(False)), ('files, kept', 'hrnet_v1_w18', lambda: from_files(True))]
+            ('files', 'hrnet_v1_w18', lambda: from_files(False)),
+            ('files, kept', 'hrnet_v1_w18', lambda: from_files(True))]
     if camvid: sets.append(('camvid', 'hrnet_v1_w18', lambda: camvid_dls(camvid, size=None, bs=4, device=device)))
     return sets
 
@@ -73,7 +78,10 @@ def main(
             steps = {'dropclass':build_step('dropclass', make_base(arch, classes, device, True), classes, x, y)}
             step = median(o[0] for o in measure(steps, 5, device)['dropclass'])/1000
             low,mid,high = spread([bs/o for o in seconds], 1)
-            rows.append(setting(arch, size, bs, classes, rounds, threads, device) | dict(data=name, loaded_per_s_low=low, loaded_per_s=mid, loaded_per_s_high=high,
+            rows.append(setting(arch, size, bs, classes, rounds, threads, device)
+                        | dict(data=name, loaded_per_s_low=low, loaded_per_s=mid, loaded_per_s_high=high,
                 trained_per_s=round(bs/step, 1), loading_share=round(median(seconds)/(median(seconds)+step), 3)))
-            show(rows[-1:], ['data', 'arch', 'height', 'width', 'loaded_per_s_low', 'loaded_per_s', 'loaded_per_s_high', 'trained_per_s', 'loading_share'])
+            show(rows[-1:],
+                 ['data', 'arch', 'height', 'width', 'loaded_per_s_low', 'loaded_per_s', 'loaded_per_s_high',
+                  'trained_per_s', 'loading_share'])
             write_csv(rows, csv)

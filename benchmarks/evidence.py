@@ -2,7 +2,8 @@
 
     python benchmarks/evidence.py RUN_A RUN_B --out results/NAME
 
-RUN_A is the baseline, RUN_B the run that is compared with it, both on the same data. The pages in nbs/analyses read what this
+RUN_A is the baseline, RUN_B the run that is compared with it, both on the same data. The pages in nbs/analyses read
+what this
 writes, so that they render without the weights. Pictures are written for generated images only (data set `scenes`).
 """
 import argparse
@@ -49,11 +50,14 @@ def measure_cost(run):
         fast = colocation(subject, data)
         middle = time.process_time()
         total,erased,passes = naive_colocation(subject.model, data, subject.spec)
-        seconds[0].append(middle-start); seconds[1].append(time.process_time()-middle)
+        seconds[0].append(middle-start)
+        seconds[1].append(time.process_time()-middle)
     fast_seconds,naive_seconds = map(median, seconds)
     bound = (1+float((fast.presence/fast.images).sum()))/(len(subject.spec)+1)
-    return dict(images=fast.images, classes=len(subject.spec), presences=fast.presence.tolist(), passes=fast.passes, naive_passes=passes, pass_ratio=fast.passes/passes, bound=bound,
-                cpu_seconds=round(fast_seconds, 2), naive_cpu_seconds=round(naive_seconds, 2), cpu_ratio=fast_seconds/naive_seconds, repeats=len(seconds[0]), threads=torch.get_num_threads(),
+    return dict(images=fast.images, classes=len(subject.spec), presences=fast.presence.tolist(), passes=fast.passes,
+                naive_passes=passes, pass_ratio=fast.passes/passes, bound=bound,
+                cpu_seconds=round(fast_seconds, 2), naive_cpu_seconds=round(naive_seconds, 2),
+                cpu_ratio=fast_seconds/naive_seconds, repeats=len(seconds[0]), threads=torch.get_num_threads(),
                 equal=bool(torch.equal(fast.confusion, total) and torch.equal(fast.erased, erased)))
 
 
@@ -79,18 +83,25 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs=2, type=Path, help="run folders: the baseline, then the other")
     parser.add_argument('--out', type=Path, required=True, help="folder for the results")
-    parser.add_argument('--pairs', nargs='*', default=None, metavar='A/B', help="pairs of look-alike classes; the worst confusions of the baseline when left out")
+    parser.add_argument('--pairs', nargs='*', default=None, metavar='A/B',
+                        help="pairs of look-alike classes; the worst confusions of the baseline when left out")
     parser.add_argument('--fill-images', type=int, default=40, help="images for the comparison of fills")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     runs = [load_run(o) for o in args.runs]
-    labels = [o.config.method for o in runs] if runs[0].config.method!=runs[1].config.method else [o.folder.name for o in runs]
+    labels = [o.config.method for o in runs] if runs[0].config.method!=runs[1].config.method else [o.folder.name
+                                                                                                   for o in runs]
     a,b = (open_model(o, label=l) for o,l in zip(runs, labels))
     spec,scenes = a.spec,runs[0].config.data=='scenes'
-    write_json(args.out/'about.json', dict(data=runs[0].config.data, labels=labels, runs=[dict(folder=o.folder.name, method=o.config.method, arch=o.config.arch, epochs=o.config.epochs, size=o.config.size, seed=o.config.seed,
-        weights=o.config.weights, dropclass=o.config.dropclass, predicts=o.predicts) for o in runs], measures=list(MEASURES), pictures=scenes))
+    write_json(args.out/'about.json',
+               dict(data=runs[0].config.data, labels=labels,
+                    runs=[dict(folder=o.folder.name, method=o.config.method, arch=o.config.arch, epochs=o.config.epochs,
+                               size=o.config.size, seed=o.config.seed,
+        weights=o.config.weights, dropclass=o.config.dropclass, predicts=o.predicts) for o in runs],
+        measures=list(MEASURES), pictures=scenes))
 
-    for test in runs[0].metrics['tests']: comparison(runs, test).to_csv(args.out/f'table1_{test}.csv') # Tables 1, 2, 3 and 6
+    for test in runs[0].metrics['tests']:
+        comparison(runs, test).to_csv(args.out/f'table1_{test}.csv') # Tables 1, 2, 3 and 6
     print('comparison written', flush=True)
 
     contexts = [colocation(o) for o in (a, b)] # Table 4
@@ -103,12 +114,18 @@ def main():
 
     tangled = [entanglement(o) for o in (a, b)] # Table 5, Figure 3
     entanglement_table(*tangled).to_csv(args.out/'table5.csv')
-    for l,o in zip(labels, tangled): write_json(args.out/f'classifier_{l}.json', dict(pixel_counts=torch.as_tensor(o.pixel_counts).tolist(), weight=[[round(v, 5) for v in row] for row in o.weight.tolist()]))
+    for l,o in zip(labels, tangled):
+        write_json(args.out/f'classifier_{l}.json',
+                   dict(pixel_counts=torch.as_tensor(o.pixel_counts).tolist(),
+                        weight=[[round(v, 5) for v in row] for row in o.weight.tolist()]))
 
     confusions = {l:co.confusion for l,co in zip(labels, contexts)}
-    pd.concat({l:worst_confusions(o, spec, 8) for l,o in confusions.items()}, names=['network']).to_csv(args.out/'confusions.csv')
+    pd.concat({l:worst_confusions(o, spec, 8) for l,o in confusions.items()},
+              names=['network']).to_csv(args.out/'confusions.csv')
     worst = worst_confusions(confusions[labels[0]], spec, 8)
-    pairs = [tuple(o.split('/')) for o in args.pairs] if args.pairs else list(dict.fromkeys(tuple(sorted(o)) for o in zip(worst.truth, worst.predicted)))
+    pairs = [tuple(o.split('/'))
+             for o in args.pairs] if args.pairs else list(dict.fromkeys(tuple(sorted(o))
+                                                                        for o in zip(worst.truth, worst.predicted)))
     pair_confusions(confusions, spec, pairs).rename_axis('pair').to_csv(args.out/'pairs.csv')
     diff = differences(a, b) # Figures 2 and 4
     diff.pairs(8).to_csv(args.out/'differences.csv')
@@ -121,7 +138,8 @@ def main():
             values.to_csv(args.out/f'proxy_{l}.csv')
             ranks[l] = rank_agreement(values).T.to_dict()
         write_json(args.out/'ranks.json', ranks)
-        pair = next(o for o in zip(worst.truth, worst.predicted) if diff.images(o)) # The worst confusion by share: pixels alone would choose the largest classes
+        # The worst confusion by share: pixels alone would choose the largest classes
+        pair = next(o for o in zip(worst.truth, worst.predicted) if diff.images(o))
         save_small(plot_differences(a, b, pair=pair, n=3, found=diff), args.out/'figure2.png')
         save_small(plot_grad_cam(a, b, truth=pair[0], alikes=[pair[1]], n=2), args.out/'figure4.png')
     print(json.dumps(json.loads((args.out/'cost.json').read_text())), flush=True)

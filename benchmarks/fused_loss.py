@@ -1,12 +1,16 @@
-"""What the fused loss saves: forward and backward of the loss alone, from small logits to their gradient, both forms in turn in one process.
+"""What the fused loss saves: forward and backward of the loss alone, from small logits to their gradient, both forms in
+turn in one process.
 
     python benchmarks/fused_loss.py --threads 1,2 --rounds 11 --csv results/fused_loss.csv
 
-literal   F.interpolate, then F.cross_entropy; for a step of both paths `dropclass_loss` on the two resized logits, lambda 0.5 and a class dropped
+literal   F.interpolate, then F.cross_entropy; for a step of both paths `dropclass_loss` on the two resized logits,
+          lambda 0.5 and a class dropped
 fused     `resize_cross_entropy`, and `resize_dropclass_loss`
 
-The ratios are taken within a round, so what slows the machine down for a while slows both; quartiles of the rounds are the spread. CPU seconds stand beside
-wall seconds: on a shared machine they are the steadier of the two. Peak memory comes from a fresh process for each form, beyond what it held before the loss.
+The ratios are taken within a round, so what slows the machine down for a while slows both; quartiles of the rounds are
+the spread. CPU seconds stand beside
+wall seconds: on a shared machine they are the steadier of the two. Peak memory comes from a fresh process for each
+form, beyond what it held before the loss.
 """
 from itertools import product
 from statistics import median, quantiles
@@ -29,7 +33,8 @@ def make_inputs(case, device):
     C,size,out_size = CASES[case]
     gen = torch.Generator().manual_seed(0)
     logits = [(3*torch.randn(1, C, *size, generator=gen)).to(device).requires_grad_() for _ in range(2)]
-    target = torch.randint(C, (1, out_size[0]//16, out_size[1]//16), generator=gen).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    target = torch.randint(C, (1, out_size[0]//16, out_size[1]//16),
+                           generator=gen).repeat_interleave(16, 1).repeat_interleave(16, 2)
     target[:, :4] = VOID
     return *logits, target.to(device)
 
@@ -39,7 +44,8 @@ def losses(case, loss, device):
     x,drop_x,target = make_inputs(case, device)
     mask = keep_mask(x.shape[1])
     up = lambda x: F.interpolate(x, size=target.shape[1:], mode='bilinear')
-    forms = {'plain':(lambda: F.cross_entropy(up(x), target, ignore_index=VOID), lambda: resize_cross_entropy(x, target)),
+    forms = {'plain':(lambda: F.cross_entropy(up(x), target, ignore_index=VOID),
+                      lambda: resize_cross_entropy(x, target)),
              'both paths':(lambda: dropclass_loss(up(x), up(drop_x), target, mask, LAM),
                            lambda: resize_dropclass_loss(x, drop_x, target, DROPPED, LAM)[0])}[loss]
     def run(form):

@@ -94,7 +94,7 @@ def main(
     device:str='cuda', # Where to run: cuda, or cpu to try the script
     data:str='', # Folder of a CamVid copy; empty makes no runs
     weights:str='', # Folder of the file of trained weights that the plan names
-    jobs:int=6, # Runs at the same time
+    jobs:int=16, # Runs at the same time; more than one a core does not pay
     quick:store_true=False, # Only try the script: tiny images, no tables
 ):
     "Check the package on a GPU."

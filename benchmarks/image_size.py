@@ -24,6 +24,7 @@ def main(
     for size in map(parse_size, sizes.split(',')):
         x,y = make_batch(1, size, classes, device, True)
         steps = make_steps(arch, classes, x, y, ('plain', 'dropclass', "authors' formula"), True)
-        rows += (new := [setting(arch, size, 1, classes, rounds, threads, device) | o for o in summary(measure(steps, rounds, device))])
+        rows += (new := [setting(arch, size, 1, classes, rounds, threads, device) | o
+                         for o in summary(measure(steps, rounds, device))])
         show(new, TIMES)
         write_csv(rows, csv)

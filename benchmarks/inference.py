@@ -4,8 +4,11 @@
     python benchmarks/inference.py --threads 2 --size 512x1024
     python benchmarks/inference.py --device cuda --size 1024x2048 --rounds 50 --csv results/inference_cuda.csv
 
-All variants of a network have the same weights and see the same images. They take turns, one forward pass each, and the order moves on by one every round, so that a machine that grows slower harms all alike. Compare the column `wall_ratio`: the time over that of
-the plain model in the same round, whose median and quartiles are kept. On a CPU `cpu_ratio` does not see other processes' time slices. Nothing is downloaded.
+All variants of a network have the same weights and see the same images. They take turns, one forward pass each, and the
+order moves on by one every round, so that a machine that grows slower harms all alike. Compare the column `wall_ratio`:
+the time over that of
+the plain model in the same round, whose median and quartiles are kept. On a CPU `cpu_ratio` does not see other
+processes' time slices. Nothing is downloaded.
 
 plain       the network as it was before the head came
 head        with the head, which answers by the drop path
@@ -38,7 +41,8 @@ def make_variants(arch, classes, x):
     folded = fold_dropclass(copy.deepcopy(head.eval()))
     expected = head(x)
     error = ((folded(x)-expected).abs().max()/expected.abs().max()).item()
-    if error>1e-5*(1 if x.device.type=='cpu' else 100): raise RuntimeError(f"The folded {arch} differs from the one with the head by {error:.0e} of the largest logit")
+    if error>1e-5*(1 if x.device.type=='cpu' else 100):
+        raise RuntimeError(f"The folded {arch} differs from the one with the head by {error:.0e} of the largest logit")
     return dict(plain=plain, head=head, folded=folded.eval()),error
 
 
@@ -77,7 +81,8 @@ def summary(times):
         for i,kind in enumerate(('wall', 'cpu')):
             ms,base = [o[i] for o in both],[o[i] for o in times['plain']]
             for k,v in zip(('low', 'median', 'high'), spread(ms, 1)): rows[name][f'{kind}_ms_{k}'] = v
-            for k,v in zip(('low', 'median', 'high'), spread([a/b for a,b in zip(ms, base)], 3)): rows[name][f'{kind}_ratio_{k}'] = v
+            for k,v in zip(('low', 'median', 'high'), spread([a/b for a,b in zip(ms, base)], 3)):
+                rows[name][f'{kind}_ratio_{k}'] = v
     return rows
 
 
@@ -99,18 +104,24 @@ def main(
     torch.set_num_threads(threads)
     x = torch.randn(bs, 3, height, width, generator=torch.Generator().manual_seed(0)).to(device)
     rows = []
-    print(f"{classes} classes, {bs} x {height}x{width}, {rounds} rounds, {threads} thread(s), {x.device.type}, torch {torch.__version__}")
-    print(f"{'network':22s} {'variant':7s} {'GMAC':>7s} {'parameters':>11s} {'wall ms':>9s} {'ratio':>7s} {'quartiles':>13s} {'cpu ratio':>10s}")
+    print(f"{classes} classes, {bs} x {height}x{width}, {rounds} rounds, {threads} thread(s), {x.device.type}, torch "
+          f"{torch.__version__}")
+    print(f"{'network':22s} {'variant':7s} {'GMAC':>7s} {'parameters':>11s} {'wall ms':>9s} {'ratio':>7s} "
+          f"{'quartiles':>13s} {'cpu ratio':>10s}")
     for arch in archs.split(','):
         with torch.no_grad():
             models,error = make_variants(arch, classes, x)
             timings = summary(measure(models, x, rounds))
             for name,model in models.items():
-                row = dict(arch=arch, height=height, width=width, batch=bs, classes=classes, rounds=rounds, threads=threads, device=x.device.type, torch=torch.__version__, variant=name,
-                           gmac=round(giga_macs(model, x), 4), parameters=sum(p.numel() for p in model.parameters()), fold_error=f'{error:.0e}', **timings[name])
+                row = dict(arch=arch, height=height, width=width, batch=bs, classes=classes, rounds=rounds,
+                           threads=threads, device=x.device.type, torch=torch.__version__, variant=name,
+                           gmac=round(giga_macs(model, x), 4), parameters=sum(p.numel() for p in model.parameters()),
+                           fold_error=f'{error:.0e}', **timings[name])
                 rows.append(row)
-                print(f"{arch:22s} {name:7s} {row['gmac']:7.2f} {row['parameters']:11,d} {row['wall_ms_median']:9.1f} {row['wall_ratio_median']:7.3f} "
-                      f"{row['wall_ratio_low']:6.3f}-{row['wall_ratio_high']:<6.3f} {row['cpu_ratio_median']:10.3f}", flush=True)
+                print(f"{arch:22s} {name:7s} {row['gmac']:7.2f} {row['parameters']:11,d} {row['wall_ms_median']:9.1f} "
+                      f"{row['wall_ratio_median']:7.3f} "
+                      f"{row['wall_ratio_low']:6.3f}-{row['wall_ratio_high']:<6.3f} {row['cpu_ratio_median']:10.3f}",
+                      flush=True)
     if csv:
         Path(csv).parent.mkdir(parents=True, exist_ok=True)
         with open(csv, 'w', newline='') as f:

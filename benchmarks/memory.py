@@ -2,18 +2,22 @@
 
     python benchmarks/memory.py --threads 2 --csv results/memory.csv
 
-On a CPU it is the peak resident memory of the process: Python, PyTorch, the network, its gradients and three steps; `step_mb` is what the steps added to
+On a CPU it is the peak resident memory of the process: Python, PyTorch, the network, its gradients and three steps;
+`step_mb` is what the steps added to
 what was there before them. On a GPU both are the allocator's. Plain runs twice: their difference is the spread.
 
-Linux keeps freed memory of a process for later, in one heap with gaps, and the gaps count as resident. `allocator` says which way it was measured: 'default', or
-'mapped', where each tensor of 2 MB or more is a mapping of its own (MALLOC_MMAP_THRESHOLD_), so that what is freed is gone and the peak is what the tensors need.
+Linux keeps freed memory of a process for later, in one heap with gaps, and the gaps count as resident. `allocator` says
+which way it was measured: 'default', or
+'mapped', where each tensor of 2 MB or more is a mapping of its own (MALLOC_MMAP_THRESHOLD_), so that what is freed is
+gone and the peak is what the tensors need.
 """
 import sys
 
 import torch
 from fastcore.script import call_parse
 
-from common import PAPER, VARIANTS, batch_size, build_step, in_fresh_process, make_base, make_batch, parse_size, peak_bytes, setting, show, write_csv
+from common import (PAPER, VARIANTS, batch_size, build_step, in_fresh_process, make_base, make_batch, parse_size,
+                    peak_bytes, setting, show, write_csv)
 
 ALLOCATORS = {'default':{}, 'mapped':{'MALLOC_MMAP_THRESHOLD_':str(2*10**6)}}
 COMPARED = [o for o in VARIANTS if o!='plain, Learner']
@@ -46,12 +50,18 @@ def main(
     if only: return report(only, archs, parse_size(size), bs, classes, threads, device)
     rows = []
     for i,arch in enumerate(archs.split(',')):
-        names = variants.split(';') if variants else COMPARED if i==0 else ['plain', 'plain again', 'dropclass, Learner', "authors' formula"]
-        args = ['--archs', arch, '--size', size, '--bs', bs, '--classes', classes, '--threads', threads, '--device', device]
+        names = (variants.split(';') if variants else COMPARED if i==0
+                 else ['plain', 'plain again', 'dropclass, Learner', "authors' formula"])
+        args = ['--archs', arch, '--size', size, '--bs', bs, '--classes', classes, '--threads', threads, '--device',
+                device]
         for allocator,env in ALLOCATORS.items() if i==0 and device=='cpu' else [('default', {})]:
-            peaks = {name:[int(o)/2**20 for o in in_fresh_process(__file__, '--only', name, *args, **env).split()] for name in names}
-            where = setting(arch, parse_size(size), batch_size(arch, bs), classes, 1, threads, device) | dict(allocator=allocator)
-            new = [where | dict(variant=name, peak_mb=round(peak), step_mb=round(step), ratio=round(peak/peaks['plain'][0], 3), step_ratio=round(step/peaks['plain'][1], 3))
+            peaks = {name:[int(o)/2**20 for o in in_fresh_process(__file__, '--only', name, *args, **env).split()]
+                     for name in names}
+            where = setting(arch, parse_size(size), batch_size(arch, bs), classes, 1, threads,
+                            device) | dict(allocator=allocator)
+            new = [where
+                   | dict(variant=name, peak_mb=round(peak), step_mb=round(step),
+                          ratio=round(peak/peaks['plain'][0], 3), step_ratio=round(step/peaks['plain'][1], 3))
                    for name,(peak,step) in peaks.items()]
             show(new, ['arch', 'allocator', 'variant', 'peak_mb', 'step_mb', 'ratio', 'step_ratio'])
             rows += new

@@ -1,4 +1,5 @@
-"""Where the time of a step goes: what DropClass adds to it and what it saves, part by part, forward and backward, each by itself.
+"""Where the time of a step goes: what DropClass adds to it and what it saves, part by part, forward and backward, each
+by itself.
 
     python benchmarks/parts.py --threads 2 --csv results/parts.csv
 
@@ -6,7 +7,8 @@ whole step            the plain step, and DropClass
 literal loss          resize and F.cross_entropy, which the plain step pays
 fused losses          of both paths, what DropClass pays instead
 classifier            the second run of the classifier
-convolution           of the compensation block: K x K numbers for each small pixel. It cannot be left out, so it is the floor
+convolution           of the compensation block: K x K numbers for each small pixel. It cannot be left out, so it is the
+                      floor
 norm                  BatchNorm and ReLU of the block
 """
 import torch
@@ -14,7 +16,8 @@ from fastcore.script import call_parse
 from statistics import median
 from torch.nn import functional as F
 
-from common import ALPHA, DROPPED, LAM, PAPER, batch_size, make_base, make_batch, make_steps, measure, parse_size, setting, show, write_csv
+from common import (ALPHA, DROPPED, LAM, PAPER, batch_size, make_base, make_batch, make_steps, measure, parse_size,
+                    setting, show, write_csv)
 from dropclass.core import VOID
 from dropclass.fused import resize_dropclass_loss
 from dropclass.surgery import add_dropclass
@@ -37,8 +40,10 @@ def make_parts(arch, classes, x, y):
             model.zero_grad()
         return run
     literal = lambda z: F.cross_entropy(F.interpolate(z, size=y.shape[1:], mode='bilinear'), y, ignore_index=VOID)
-    return {'literal loss':part(literal, logits), 'fused losses':part(lambda a,b: resize_dropclass_loss(a, b, y, DROPPED, LAM, ALPHA)[0], logits, logits),
-            'classifier':part(head.classifier, features), 'convolution':part(mix, features), 'norm':part(lambda o: act(norm(o)), features)}
+    return {'literal loss':part(literal, logits),
+            'fused losses':part(lambda a,b: resize_dropclass_loss(a, b, y, DROPPED, LAM, ALPHA)[0], logits, logits),
+            'classifier':part(head.classifier, features), 'convolution':part(mix, features),
+            'norm':part(lambda o: act(norm(o)), features)}
 
 
 @call_parse
@@ -59,8 +64,10 @@ def main(
         steps = {f'whole step, {k}':v for k,v in make_steps(arch, classes, x, y, ('plain', 'dropclass'), True).items()}
         times = measure(steps, rounds, device) | measure(make_parts(arch, classes, x, y), rounds, device)
         plain = median(o[0] for o in times['whole step, plain'])
-        new = [setting(arch, parse_size(size), len(x), classes, rounds, threads, device) | dict(part=k, wall_ms=round(median(o[0] for o in v), 1),
-               cpu_ms=round(median(o[1] for o in v), 1), share=round(median(o[0] for o in v)/plain, 3)) for k,v in times.items()]
+        new = [setting(arch, parse_size(size), len(x), classes, rounds, threads, device)
+               | dict(part=k, wall_ms=round(median(o[0] for o in v), 1),
+               cpu_ms=round(median(o[1] for o in v), 1), share=round(median(o[0] for o in v)/plain, 3))
+               for k,v in times.items()]
         show(new, ['arch', 'part', 'wall_ms', 'cpu_ms', 'share'])
         rows += new
         write_csv(rows, csv)

@@ -2,9 +2,11 @@
 
     python benchmarks/plain_deeplab.py --out runs/deeplab.safetensors
 
-Nothing of DropClass takes part in the training: it makes a network as anybody might have one, to audit from its weights file alone:
+Nothing of DropClass takes part in the training: it makes a network as anybody might have one, to audit from its weights
+file alone:
 
-    dropclass-audit --model runs/deeplab.safetensors --arch torchvision:deeplabv3_mobilenet_v3_large --data scenes --size 64x96
+    dropclass-audit --model runs/deeplab.safetensors --arch torchvision:deeplabv3_mobilenet_v3_large --data scenes
+    --size 64x96
 """
 import argparse
 from pathlib import Path
@@ -18,9 +20,12 @@ from dropclass.data.scenes import scenes_dls
 
 
 def settle_norms(model, batches):
-    "Average the norms' statistics over the training images: MobileNet's momentum of 0.01 is made for far longer trainings."
+    """Average the norms' statistics over the training images: MobileNet's momentum of 0.01 is made for far longer
+    trainings."""
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    for m in norms: m.reset_running_stats(); m.momentum = None
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
     with torch.no_grad():
         for x,_ in batches: model.train()(x.as_subclass(torch.Tensor))
 
@@ -46,7 +51,9 @@ def main():
             out = model(x)
             loss = sum(w*F.cross_entropy(out[k], y, ignore_index=255) for k,w in (('out', 1.), ('aux', .4)))
             loss.backward()
-            opt.step(); opt.zero_grad(); sched.step()
+            opt.step()
+            opt.zero_grad()
+            sched.step()
             total += loss.item()
         print(f"epoch {epoch+1}/{args.epochs}  loss {total/len(dls.train):.3f}", flush=True)
     settle_norms(model, dls.train)

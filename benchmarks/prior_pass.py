@@ -7,14 +7,16 @@ evaluate    `dropclass.metrics.evaluate`: forward, argmax, one confusion matrix
 one pass    `dropclass.prior.prior_confusions` with counts per image: forward, a confusion matrix for each of nine tau
 slow form   forward, then one argmax and one confusion matrix for each tau
 
-Each round runs all three, in an order that rotates. Ratios are taken within a round, and their quartiles are the spread.
+Each round runs all three, in an order that rotates. Ratios are taken within a round, and their quartiles are the
+spread.
 The network has random weights, which changes no cost: the walk over the classes does the same work for any logits. Peak
 memory comes from a fresh process for each, beyond what the network and the batch held before.
 """
 import torch
 from fastcore.script import call_parse
 
-from common import (TIMES, batch_size, in_fresh_process, make_base, make_batch, measure, parse_size, peak_bytes, setting,
+from common import (TIMES, batch_size, in_fresh_process, make_base, make_batch, measure, parse_size, peak_bytes,
+                    setting,
                     show, summary, write_csv)
 from dropclass.metrics import confusion_matrix, evaluate
 from dropclass.prior import TAUS, class_offsets, prior_confusions

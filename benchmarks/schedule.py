@@ -1,10 +1,12 @@
-"""What DropClass costs over a whole training, where lambda and the drop probability rise from 0 to 1: steps at evenly spaced points of the schedule, beside plain.
+"""What DropClass costs over a whole training, where lambda and the drop probability rise from 0 to 1: steps at evenly
+spaced points of the schedule, beside plain.
 
     python benchmarks/schedule.py --threads 2 --csv results/schedule.csv
 
 every step            both paths in each step; a path of weight 0 is skipped
 paths='sample'        `SampledPaths`: each step takes one path by chance, the plain one with probability 1 - lambda
-authors' epochs       schedules that rise once per epoch (`PerEpoch`), so that the first epoch is plain training; 10 epochs
+authors' epochs       schedules that rise once per epoch (`PerEpoch`), so that the first epoch is plain training; 10
+                      epochs
 
 The ratio of each variant is that of its mean step to the mean plain step.
 """
@@ -23,7 +25,8 @@ def make_variants(base, classes, x, y):
     ramp,tenths = dict(lam=SchedLin(0, 1), drop_prob=SchedLin(0, 1), never_drop=()),lambda pct: min(int(10*pct)/9, 1.)
     one = lambda **options: build_step('dropclass, Learner', base, classes, x, y, **options)
     plain = build_step('plain', base, classes, x, y)
-    variants = {'plain':plain, 'every step':one(**ramp), "authors' epochs":one(**{**ramp, 'lam':tenths, 'drop_prob':tenths})}
+    variants = {'plain':plain, 'every step':one(**ramp),
+                "authors' epochs":one(**{**ramp, 'lam':tenths, 'drop_prob':tenths})}
     return {**variants, "paths='sample'":one(**ramp, callback=SampledPaths)}
 
 
@@ -41,7 +44,8 @@ def main(
     torch.set_num_threads(threads)
     size = parse_size(size)
     x,y = make_batch(1, size, classes, device, True)
-    times = measure(make_variants(make_base(arch, classes, device, True), classes, x, y), points, device, args=[i/(points-1) for i in range(points)])
+    times = measure(make_variants(make_base(arch, classes, device, True), classes, x, y), points, device,
+                    args=[i/(points-1) for i in range(points)])
     rows = []
     for name,both in times.items():
         row = setting(arch, size, 1, classes, points, threads, device) | dict(variant=name)

@@ -1,4 +1,5 @@
-"""What a DropClass step costs: forward, backward and optimizer of one training step, all variants in turn in one process (see common.py).
+"""What a DropClass step costs: forward, backward and optimizer of one training step, all variants in turn in one
+process (see common.py).
 
     python benchmarks/step_time.py --threads 2 --csv results/step_time.csv
     python benchmarks/step_time.py --archs hrnet_v1_w18 --profile
@@ -6,7 +7,8 @@
 import torch
 from fastcore.script import call_parse, store_true
 
-from common import PAPER, TIMES, VARIANTS, batch_size, make_batch, make_steps, measure, parse_size, setting, show, summary, write_csv
+from common import (PAPER, TIMES, VARIANTS, batch_size, make_batch, make_steps, measure, parse_size, setting, show,
+                    summary, write_csv)
 
 
 def show_profile(steps, device, names=('plain', 'dropclass'), top=14):
@@ -17,7 +19,9 @@ def show_profile(steps, device, names=('plain', 'dropclass'), top=14):
             for _ in range(3): steps[name]()
         total = sum(o.self_cpu_time_total for o in prof.key_averages())
         print(f"\n{name}: {total/3e3:.0f} ms per step")
-        for o in sorted(prof.key_averages(), key=lambda o: -o.self_cpu_time_total)[:top]: print(f"  {o.self_cpu_time_total/3e3:8.1f} ms  {o.count//3:5d} x  {o.key}")
+        for o in sorted(prof.key_averages(),
+                        key=lambda o: -o.self_cpu_time_total)[:top]: print(f"  {o.self_cpu_time_total/3e3:8.1f} ms  "
+                                                                           f"{o.count//3:5d} x  {o.key}")
 
 
 APART = ('Grad-CAM',)
@@ -45,8 +49,10 @@ def main(
         x,y = make_batch(batch_size(arch, bs), parse_size(size), classes, device, not channels_first)
         steps = make_steps(arch, classes, x, y, names, not channels_first)
         measured = summary(measure({k:v for k,v in steps.items() if k not in APART}, rounds, device))
-        for name in APART: # Beside plain alone: what runs after a step of several times the memory is slower than it should be
-            if name in steps: measured += summary(measure({'plain':steps['plain'], name:steps[name]}, rounds, device))[1:]
+        # Beside plain alone: what runs after a step of several times the memory is slower than it should be
+        for name in APART:
+            if name in steps:
+                measured += summary(measure({'plain':steps['plain'], name:steps[name]}, rounds, device))[1:]
         new = [setting(arch, parse_size(size), len(x), classes, rounds, threads, device) | o for o in measured]
         show(new, TIMES)
         rows += new

@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 import sys
 from importlib import import_module, metadata
 
-# What a user needs, by the module that holds it. A name is imported when it is first asked for, so that this module stays light
+# What a user needs, by the module that holds it. A name is imported when it is first asked for: this module stays light
 _OFFERS = dict(
     core='ClassSpec step_generator',
     features='sample_keep_mask',
@@ -44,7 +44,8 @@ def _same_build(torch_version, vision_version, vision_requires):
 
 
 def _check_torchvision():
-    "Say in one sentence that torch and torchvision do not fit; import torchvision (1.4 s) only where the metadata disagree."
+    """Say in one sentence that torch and torchvision do not fit; import torchvision (1.4 s) only where the metadata
+    disagree."""
     if 'torchvision' in sys.modules: return
     versions = {}
     try:

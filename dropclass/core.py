@@ -32,7 +32,8 @@ def check_num_classes(
     if isinstance(num_classes, bool) or not isinstance(num_classes, Integral):
         raise TypeError(f"`num_classes` must be an int, got {num_classes!r}")
     if num_classes<2:
-        raise ValueError(f"`num_classes` must be at least 2, got {num_classes}: model a single class as background and object")
+        raise ValueError(f"`num_classes` must be at least 2, got {num_classes}: "
+            "model a single class as background and object")
     return int(num_classes)
 
 def check_network(
@@ -40,14 +41,17 @@ def check_network(
 ):
     "Refuse what is no network, a Learner say."
     if isinstance(model, nn.Module): return
-    raise TypeError(f"`model` must be a torch network, got {type(model).__name__}" + (": give its `.model`" if isinstance(getattr(model, 'model', None), nn.Module) else ''))
+    remedy = ": give its `.model`" if isinstance(getattr(model, 'model', None), nn.Module) else ""
+    raise TypeError(f"`model` must be a torch network, got {type(model).__name__}{remedy}")
 
 def check_device(
     device, # 'cpu', 'cuda', 'cuda:1' ...; None leaves the choice to others
 ): # The same
     "Refuse a device that this machine does not have."
     try: torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e: raise ValueError(f"Device {device!r} cannot be used here ({str(e).splitlines()[0]}): name one that this machine has, 'cpu' say") from None
+    except (RuntimeError, AssertionError, TypeError) as e:
+        raise ValueError(f"Device {device!r} cannot be used here ({str(e).splitlines()[0]}): name one that this "
+                         "machine has, 'cpu' say") from None
     return device
 
 # %% ../nbs/00_core.ipynb #37b0a446
@@ -86,8 +90,8 @@ def check_target(
     "Refuse labels that are neither a class nor void."
     labels = torch.unique(torch.as_tensor(target)).tolist()
     bad = [o for o in labels if not (0<=o<num_classes or o==ignore_index)]
-    if bad: raise ValueError(f"{name} holds label {', '.join(map(str, bad[:8]))}; classes are 0..{num_classes-1} and void is {ignore_index}: "
-                             "map these labels to a class or to void before training")
+    if bad: raise ValueError(f"{name} holds label {', '.join(map(str, bad[:8]))}; classes are 0..{num_classes-1} and "
+                             f"void is {ignore_index}: map these labels to a class or to void before training")
     return target
 
 # %% ../nbs/00_core.ipynb #c93293f2
@@ -98,7 +102,8 @@ def whole_labels(
     "Bring labels to one type; refuse fractions."
     y = labels if isinstance(labels, Tensor) else torch.from_numpy(np.array(labels))
     if y.is_floating_point() or y.is_complex(): raise TypeError(
-        f"{name} must hold class labels (integers), got {y.dtype}: convert with `.long()` if all are whole numbers, or take the argmax of probabilities")
+        f"{name} must hold class labels (integers), got {y.dtype}: convert with `.long()` if all are whole numbers, "
+        "or take the argmax of probabilities")
     return y.as_subclass(Tensor).long()
 
 # %% ../nbs/00_core.ipynb #a2f15707
@@ -109,9 +114,10 @@ def check_class(
 ) -> int|None: # The same; None stays None
     "Refuse a label that is not one of the classes."
     if label is None: return None
-    if isinstance(label, bool) or not isinstance(label, Integral): raise TypeError(f"`{name}` must be a label, a whole number, got {label!r}")
-    if not 0<=label<num_classes: raise ValueError(f"`{name}` must be None or a label in 0..{num_classes-1}, got {label}")
-    return int(label)
+    if isinstance(label, bool) or not isinstance(label, Integral):
+        raise TypeError(f"`{name}` must be a label, a whole number, got {label!r}")
+    if 0<=label<num_classes: return int(label)
+    raise ValueError(f"`{name}` must be None or a label in 0..{num_classes-1}, got {label}")
 
 # %% ../nbs/00_core.ipynb #ce59826c
 def distinct_colors(
@@ -123,6 +129,12 @@ def distinct_colors(
     return tuple(tuple(int(255*v) for v in colorsys.hsv_to_rgb(*o)) for o in hsv)
 
 # %% ../nbs/00_core.ipynb #3e4b09f8
+def _as_colors(colors):
+    "Colours as whole numbers."
+    try: return tuple(tuple(map(int, o)) for o in colors)
+    except (TypeError, ValueError):
+        raise ValueError(f"`colors` must be one (red, green, blue) per class, got {colors!r}") from None
+
 @dataclass(frozen=True)
 class ClassSpec:
     "The classes of a data set: names, colours, and the label that means void."
@@ -130,19 +142,24 @@ class ClassSpec:
     colors:tuple|None=None # One (red, green, blue) in 0..255 per class; None picks distinct ones
     ignore_index:int=VOID # The void label
     def __post_init__(self):
-        if isinstance(self.names, str): raise TypeError(f"`names` must be a list of class names, got the text {self.names!r}: give ['road','car', ...]")
+        if isinstance(self.names, str): raise TypeError("`names` must be a list of class names, got the text "
+            f"{self.names!r}: give ['road','car', ...]")
         names = tuple(map(str, self.names))
-        colors = distinct_colors(len(names)) if self.colors is None else tuple(tuple(map(int, o)) for o in self.colors)
+        colors = distinct_colors(len(names)) if self.colors is None else _as_colors(self.colors)
         if self.ignore_index==len(names)-1>1: names,colors = names[:-1],colors[:len(names)-1] # The last name is void's
         check_num_classes(len(names))
-        if not all(o.strip() for o in names): raise ValueError(f"Class {[bool(o.strip()) for o in names].index(False)} has no name: give each class one")
+        if not all(o.strip() for o in names): raise ValueError("Class "
+            f"{[bool(o.strip()) for o in names].index(False)} has no name: give each class one")
         twice = sorted({o for o in names if names.count(o)>1})
         if twice: raise ValueError(f"Class names must differ, got {', '.join(twice)} more than once")
-        if len(colors)!=len(names): raise ValueError(f"Got {len(colors)} colours for {len(names)} classes: give one per class, or None")
+        if len(colors)!=len(names): raise ValueError(f"Got {len(colors)} colours for {len(names)} classes: "
+            "give one per class, or None")
         wrong = next((o for o in colors if len(o)!=3 or not all(0<=v<=255 for v in o)), None)
         if wrong is not None: raise ValueError(f"A colour is red, green and blue in 0..255, got {wrong}")
         if 0<=self.ignore_index<len(names):
-            raise ValueError(f"`ignore_index` {self.ignore_index} is also the label of class {names[self.ignore_index]!r}: use one outside 0..{len(names)-1}, {VOID if len(names)<=VOID else -1} say")
+            other = VOID if len(names)<=VOID else -1
+            raise ValueError(f"`ignore_index` {self.ignore_index} is also the label of class "
+                f"{names[self.ignore_index]!r}: use one outside 0..{len(names)-1}, {other} say")
         object.__setattr__(self, 'names', names)
         object.__setattr__(self, 'colors', colors)
     def __len__(self): return len(self.names)
@@ -167,7 +184,8 @@ def colorize(
 ) -> Tensor: # Picture (H,W,3), uint8; void is black
     "Paint a mask in its class colours."
     mask = torch.as_tensor(mask).long().cpu()
-    table = torch.cat([torch.as_tensor(spec.palette, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.uint8)]) # Black comes last
+    # Black comes last
+    table = torch.cat([torch.as_tensor(spec.palette, dtype=torch.uint8), torch.zeros(1, 3, dtype=torch.uint8)])
     return table[torch.where((mask<0)|(mask>=len(spec)), len(spec), mask)]
 
 # %% ../nbs/00_core.ipynb #478ea94b
@@ -184,16 +202,17 @@ def writing(
         with open(temp, 'rb+') as f: os.fsync(f.fileno())
         os.replace(temp, path)
     except OSError as e:
-        raise OSError(f"Cannot write {path} ({e.strerror or e}): check that the folder is writable and the disk is not full; "
-                      "nothing was changed") from e
+        raise OSError(f"Cannot write {path} ({e.strerror or e}): check that the folder is writable and the disk is not "
+                      "full; nothing was changed") from e
     finally: temp.unlink(missing_ok=True)
 
 # %% ../nbs/00_core.ipynb #73ecf44a
 def printable(
     text:str, # Any text
-) -> str: # The same; control characters other than tabs and ends of lines are replaced
-    "Keep a text from steering a terminal."
-    return re.sub(r'[\x00-\x08\x0b-\x1f\x7f-\x9f]', '\ufffd', text)
+) -> str: # The same; what steers a terminal or turns the reading order is written as an escape, \x1b say
+    "Keep a text from steering a terminal; tabs and ends of lines stay."
+    steering = r'[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]' # The last: bytes of no text
+    return re.sub(steering, lambda m: m[0].encode('unicode_escape').decode(), text)
 
 # %% ../nbs/00_core.ipynb #d89ff66a
 def write_json(

@@ -7,6 +7,7 @@ __all__ = ['class_features', 'sample_keep_mask', 'dropped_class', 'cycled_class'
 
 # %% ../nbs/11_features.ipynb #6043b3fe
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,11 +21,13 @@ def importance_maps(
 ) -> Tensor: # View (N,C,K,h1,w1), of size 1 where nothing varies
     "Give the importance all axes, and check that it fits the features."
     n,k,*size = features.shape
-    maps = importance[(None,...)+(None,)*len(size)] if importance.ndim==2 else importance[None] if importance.ndim==features.ndim else importance
-    fits = maps.ndim==features.ndim+1 and maps.shape[0] in (1,n) and maps.shape[2]==k and tuple(maps.shape[3:]) in ((1,)*len(size), tuple(size))
+    maps = importance[None] if importance.ndim in (2, features.ndim) else importance
+    if importance.ndim==2: maps = maps[(...,)+(None,)*len(size)]
+    fits = maps.ndim==features.ndim+1 and maps.shape[0] in (1,n) and maps.shape[2]==k
+    fits = fits and tuple(maps.shape[3:]) in ((1,)*len(size), tuple(size))
     if not fits:
-        raise ValueError(f"`importance` must be (C,K), (C,K,h1,w1) or (N,C,K,h1,w1) for features (N,K,h1,w1) = {tuple(features.shape)}, got {tuple(importance.shape)}: "
-                         "take it from the classifier that reads these features")
+        raise ValueError("`importance` must be (C,K), (C,K,h1,w1) or (N,C,K,h1,w1) for features (N,K,h1,w1) = "
+            f"{tuple(features.shape)}, got {tuple(importance.shape)}: take it from the classifier that reads them")
     return maps
 
 # %% ../nbs/11_features.ipynb #d4bb8e2e
@@ -48,10 +51,12 @@ def sample_keep_mask(
     check_num_classes(num_classes)
     labels = list(range(num_classes) if droppable is None else droppable)
     if not labels or any(c not in range(num_classes) for c in labels):
-        raise ValueError(f"`droppable` must list labels in 0..{num_classes-1}, at least one, got {labels}: name the classes by their numbers")
+        raise ValueError(f"`droppable` must list labels in 0..{num_classes-1}, at least one, got {labels}: "
+            "name the classes by their numbers")
     device = 'cpu' if generator is None else generator.device
     if weights is None: drawn = torch.randint(len(labels), (1,), generator=generator, device=device).item()
-    else: drawn = torch.multinomial(draw_weights(weights, labels, num_classes).to(device), 1, generator=generator).item()
+    else:
+        drawn = torch.multinomial(draw_weights(weights, labels, num_classes).to(device), 1, generator=generator).item()
     coin = torch.rand(1, generator=generator, device=device).item()
     keep_mask = torch.ones(num_classes)
     if coin<drop_prob: keep_mask[labels[drawn]] = 0
@@ -64,9 +69,11 @@ def dropped_class(
     "Read the dropped class off a keep mask."
     keeps = keep_mask.tolist()
     odd = [o for o in keeps if o not in (0,1)]
-    if odd: raise ValueError(f"A keep mask holds 1 for a kept class and 0 for the dropped one, got {odd[0]}: draw it with `sample_keep_mask`")
+    if odd: raise ValueError(f"A keep mask holds 1 for a kept class and 0 for the dropped one, got {odd[0]}: "
+        "draw it with `sample_keep_mask`")
     dropped = [c for c,keep in enumerate(keeps) if not keep]
-    if len(dropped)>1: raise ValueError(f"A keep mask drops at most one class, got {dropped} dropped: draw it with `sample_keep_mask`")
+    if len(dropped)>1: raise ValueError(f"A keep mask drops at most one class, got {dropped} dropped: "
+        "draw it with `sample_keep_mask`")
     return dropped[0] if dropped else None
 
 # %% ../nbs/11_features.ipynb #45baf62e
@@ -78,7 +85,8 @@ def draw_weights(
     "Pick the weights of the classes that may be drawn; where all of them are 0, draw alike."
     weights = torch.as_tensor(weights, dtype=torch.float64)
     if weights.shape!=(num_classes,) or not (weights>=0).all() or not weights.isfinite().all():
-        raise ValueError(f"`weights` must be {num_classes} finite numbers of at least 0, one per class, got {weights.tolist()}")
+        raise ValueError(f"`weights` must be {num_classes} finite numbers of at least 0, one per class, got "
+            f"{weights.tolist()}")
     weights = weights[labels]
     return weights if weights.any() else torch.ones_like(weights)
 
@@ -91,7 +99,8 @@ def cycled_class(
     "Draw classes in shuffled rounds."
     if not labels: raise ValueError("`labels` is empty: give at least one class that may be drawn")
     turn,place = divmod(step, len(labels))
-    return labels[torch.randperm(len(labels), generator=step_generator(seed, -1-turn))[place]] # Negative steps: streams of their own
+    # Negative steps: streams of their own
+    return labels[torch.randperm(len(labels), generator=step_generator(seed, -1-turn))[place]]
 
 # %% ../nbs/11_features.ipynb #d826d9f5
 def class_weights(
@@ -100,11 +109,14 @@ def class_weights(
 ) -> Tensor: # Weight of each class in the average (C,), float64 on the CPU: a third must not be rounded before its use
     "Turn a keep mask into the weights of Eq. (4)."
     check_choice(average, ('all','kept'), 'average')
-    if keep_mask.ndim!=1: raise ValueError(f"`keep_mask` must be (C,), one number per class, got shape {tuple(keep_mask.shape)}")
+    if keep_mask.ndim!=1: raise ValueError("`keep_mask` must be (C,), one number per class, got shape "
+        f"{tuple(keep_mask.shape)}")
     keep = keep_mask.cpu().double()
     if not torch.compiler.is_compiling(): # A value cannot be asked for while a graph is recorded
-        if not ((keep>=0)&(keep<=1)).all(): raise ValueError(f"`keep_mask` says which share of each class is kept, 0..1, got {keep.tolist()}")
-        if not keep.any(): raise ValueError("`keep_mask` keeps no class, so there is nothing to average: keep at least one")
+        if not ((keep>=0)&(keep<=1)).all(): raise ValueError("`keep_mask` says which share of each class is kept, "
+            f"0..1, got {keep.tolist()}")
+        if not keep.any(): raise ValueError("`keep_mask` keeps no class, so there is nothing to average: "
+            "keep at least one")
     return keep/(len(keep) if average=='all' else keep.sum())
 
 # %% ../nbs/11_features.ipynb #8c4aacba
@@ -128,7 +140,8 @@ def streamed_sums(
         count = c+1
         if c>=len(weight) or weight[c]==0: continue
         positive,negative = positive + weight[c]*one.relu(), negative + weight[c]*one.neg().relu()
-    if count!=len(weight): raise ValueError(f"`importance` has {count} classes and `keep_mask` {len(weight)}: both must count the classifier's outputs")
+    if count!=len(weight): raise ValueError(f"`importance` has {count} classes and `keep_mask` {len(weight)}: "
+        "both must count the classifier's outputs")
     return positive,negative
 
 # %% ../nbs/11_features.ipynb #4d7c6a2f
@@ -141,7 +154,8 @@ def kept_sums(
     if not isinstance(importance, Tensor): return streamed_sums(importance, weight.tolist())
     axis = 1 if importance.ndim==3+spatial else 0
     if importance.shape[axis]!=len(weight):
-        raise ValueError(f"`importance` has {importance.shape[axis]} classes and `keep_mask` {len(weight)}: both must count the classifier's outputs")
+        raise ValueError(f"`importance` has {importance.shape[axis]} classes and `keep_mask` {len(weight)}: "
+            "both must count the classifier's outputs")
     weight = weight.to(importance).view(-1, *[1]*(importance.ndim-axis-1))
     return (weight*importance.relu()).sum(axis), (weight*importance.neg().relu()).sum(axis)
 
@@ -163,7 +177,8 @@ def shuffled_sums(
     spatial:int=2, # Spatial axes of the features: 2 for images, 3 for volumes
 ) -> tuple: # Weighted sums of the positive and of the negative part
     "Add up all classes, then take the dropped class's part from other channels than its own."
-    if not isinstance(importance, Tensor): raise ValueError("A shuffled drop needs the importance as a tensor: a classifier whose importance comes from autograd has no such control")
+    if not isinstance(importance, Tensor): raise ValueError("A shuffled drop needs the importance as a tensor: "
+        "a classifier whose importance comes from autograd has no such control")
     axis = -1-spatial if importance.ndim>2 else -1
     full = torch.full_like(weight, weight.max().item())
     every,removed = kept_sums(importance, full, spatial),kept_sums(importance, full-weight, spatial)
@@ -175,13 +190,14 @@ def class_scale(
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     average:str='all', # Divide by 'all' classes (the paper) or by the 'kept' ones (the authors' code)
     scale:str='raw', # 'raw' as Eq. (4) has it; 'unit' divides both by the mean of the positive part, detached
-    shuffle:Tensor|None=None, # Order of the channels (K,): removes as much as the dropped class has, less where classes are few, but from random channels. None drops the class
+    shuffle:Tensor|None=None, # Order of the channels (K,): random ones lose what the class has. None drops the class
     spatial:int=2, # Spatial axes of the features: 2 for images, 3 for volumes, 1 for lines
 ) -> tuple: # Positive and negative scale, each (K,), (K,h1,w1) or (N,K,h1,w1); gradients reach the importance
     "Sum the kept classes' importance: the two factors of Eq. (4)."
     check_choice(scale, ('raw','unit'), 'scale')
     weight = class_weights(keep_mask, average)
-    positive,negative = kept_sums(importance, weight, spatial) if shuffle is None else shuffled_sums(importance, weight, shuffle, spatial)
+    sums = kept_sums if shuffle is None else partial(shuffled_sums, shuffle=shuffle)
+    positive,negative = sums(importance, weight, spatial=spatial)
     if scale=='raw': return positive,negative
     unit = mean_scale(positive, spatial)
     return positive/unit,negative/unit
@@ -199,6 +215,8 @@ def drop_features(
     "Drop a class from the features, Eq. (2) and (4) factorised."
     if isinstance(importance, Tensor): importance_maps(importance, features) # Checks the shape
     scales = class_scale(importance, keep_mask, average, scale, shuffle, features.ndim-2)
-    positive,negative = (o.to(features.dtype).reshape(*o.shape, *[1]*(features.ndim-2 if o.ndim==1 else 0)) for o in scales)
+    each = [1]*(features.ndim-2) # A scale of one number per channel holds for every position
+    scales = (o.view(-1, *each) if o.ndim==1 else o for o in scales)
+    positive,negative = (o.to(features.dtype) for o in scales)
     if not signed: return features*positive
     return features.relu()*positive + features.neg().relu()*negative

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['plain_tensor', 'loss_input', 'get_ignore_index', 'check_void', 'has_labels', 'check_weight', 'cross_entropy_options',
-           'pixel_loss_sum', 'pixel_count', 'pixel_loss', 'no_reduction', 'NotPerPixel', 'per_pixel_loss',
-           'check_ignored', 'check_per_pixel', 'masked_target', 'other_loss', 'segmentation_loss', 'mean_prob',
-           'suppression_loss', 'strip_weights', 'drop_path_losses', 'total_loss', 'StepPaths', 'choose_paths',
-           'dropclass_loss']
+           'pixel_count', 'pixel_loss', 'no_reduction', 'NotPerPixel', 'per_pixel_loss', 'check_ignored',
+           'check_per_pixel', 'masked_target', 'other_loss', 'segmentation_loss', 'mean_prob', 'suppression_loss',
+           'strip_weights', 'drop_path_losses', 'total_loss', 'StepPaths', 'choose_paths', 'dropclass_loss']
 
 # %% ../nbs/12_losses.ipynb #8911a4f7
 import copy
@@ -36,14 +35,20 @@ def loss_input(
     target:Tensor, # Labels (N,h,w), any integer type
 ) -> tuple: # Logits as plain float32 (float64 stays), labels as plain int64
     "Bring logits and labels to the types that losses need."
-    if not isinstance(logits, Tensor): raise TypeError(f"The model returned {type(logits).__name__}, a loss takes the tensor of logits: `logits['out']` or `logits.logits` say, or wrap the model in `dropclass.models.OutputAdapter` before the head is added")
+    if not isinstance(logits, Tensor): raise TypeError(f"The model returned {type(logits).__name__}, a loss takes the "
+        "tensor of logits: `logits['out']` or `logits.logits` say, or wrap the model in "
+        "`dropclass.models.OutputAdapter` before the head is added")
     logits,target = plain_tensor(logits),plain_tensor(target)
     if target.is_floating_point():
-        raise TypeError(f"`target` must hold class labels (integers), got {target.dtype}: convert with `.long()`, or take the argmax of probabilities")
+        raise TypeError(f"`target` must hold class labels (integers), got {target.dtype}: "
+            "convert with `.long()`, or take the argmax of probabilities")
     want = (logits.shape[0], *logits.shape[2:])
     if target.shape!=want:
-        remedy = "take off the axis of one channel, `target[:,0]`" if target.shape==(want[0], 1, *want[1:]) else "resize the logits to the size of the labels, as `dropclass.models.OutputAdapter` does"
-        raise ValueError(f"`target` must have shape {tuple(want)} to fit logits {tuple(logits.shape)}, got {tuple(target.shape)}: {remedy}")
+        channel = target.shape==(want[0], 1, *want[1:])
+        remedy = ("take off the axis of one channel, `target[:,0]`" if channel else
+                  "resize the logits to the size of the labels, as `dropclass.models.OutputAdapter` does")
+        raise ValueError(f"`target` must have shape {tuple(want)} to fit logits {tuple(logits.shape)}, got "
+            f"{tuple(target.shape)}: {remedy}")
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, target.long()
 
 # %% ../nbs/12_losses.ipynb #4c49ff21
@@ -51,7 +56,8 @@ def get_ignore_index(
     loss_func, # A loss: module, fastai loss, `functools.partial` or function
 ) -> int|None: # The label it ignores; None if it has no such thing
     "Read which label a loss ignores."
-    if isinstance(loss_func, partial) and 'ignore_index' in loss_func.keywords: return loss_func.keywords['ignore_index']
+    if isinstance(loss_func, partial) and 'ignore_index' in loss_func.keywords:
+        return loss_func.keywords['ignore_index']
     inner = getattr(loss_func, 'func', None)
     if callable(inner) and (found := get_ignore_index(inner)) is not None: return found
     if hasattr(loss_func, 'ignore_index'): return loss_func.ignore_index
@@ -63,15 +69,12 @@ def get_ignore_index(
 def check_void(
     loss_func, # The loss
     ignore_index:int, # The void label of the data
-    target:Tensor|None=None, # Labels to look through if the loss ignores nothing; None does not look
 ) -> int|None: # The label that the loss ignores
     "Refuse a loss that ignores another label than the data's void."
     found = get_ignore_index(loss_func)
-    if found is not None and found!=ignore_index:
-        raise ValueError(f"The loss ignores label {found}, but void is {ignore_index} in the data: build the loss with `ignore_index={ignore_index}`")
-    if found is None and target is not None and (plain_tensor(target)==ignore_index).any():
-        raise ValueError(f"The labels hold void ({ignore_index}), but the loss has no `ignore_index`: use one that has, nn.CrossEntropyLoss(ignore_index={ignore_index}) say")
-    return found
+    if found is None or found==ignore_index: return found
+    raise ValueError(f"The loss ignores label {found}, but void is {ignore_index} in the data: build the loss with "
+                     f"`ignore_index={ignore_index}`")
 
 # %% ../nbs/12_losses.ipynb #c0a1b003
 def has_labels(
@@ -88,7 +91,8 @@ def check_weight(
 ) -> Tensor: # The same
     "Refuse class weights below 0 or not finite; on a GPU, where that would mean waiting, they are not looked at."
     if weight.device.type!='cpu' or ((weight>=0)&weight.isfinite()).all(): return weight
-    raise ValueError(f"Class weights must be finite numbers of at least 0, got {weight.tolist()}: a mean over pixels weighted below 0 has no meaning")
+    raise ValueError(f"Class weights must be finite numbers of at least 0, got {weight.tolist()}: "
+        "a mean over pixels weighted below 0 has no meaning")
 
 # %% ../nbs/12_losses.ipynb #088b35a1
 def cross_entropy_options(
@@ -96,30 +100,18 @@ def cross_entropy_options(
 ) -> dict|None: # `weight`, `ignore_index`, `label_smoothing`; None if it is no cross-entropy
     "Read the settings of a cross-entropy, also inside a wrapper."
     settings = {'weight':None, 'ignore_index':-100, 'label_smoothing':0., 'reduction':'mean'}
-    if isinstance(loss_func, partial) and not loss_func.args: loss_func,settings = loss_func.func,{**settings, **loss_func.keywords}
-    elif getattr(type(loss_func).__call__, '__module__', '')=='fastai.losses': loss_func = getattr(loss_func, 'func', loss_func) # Its Dice loss wraps none
-    if getattr(type(loss_func), 'forward', None) is nn.CrossEntropyLoss.forward: settings = {k:getattr(loss_func, k) for k in settings}
+    if isinstance(loss_func, partial) and not loss_func.args:
+        loss_func,settings = loss_func.func,{**settings, **loss_func.keywords}
+    elif getattr(type(loss_func).__call__, '__module__', '')=='fastai.losses':
+        loss_func = getattr(loss_func, 'func', loss_func) # Its Dice loss wraps none
+    if getattr(type(loss_func), 'forward', None) is nn.CrossEntropyLoss.forward:
+        settings = {k:getattr(loss_func, k) for k in settings}
     elif loss_func is not F.cross_entropy: return None
     reduction = settings.pop('reduction')
-    if reduction!='mean': raise ValueError(f"A cross-entropy must have reduction='mean' to be mixed with the drop path, got {reduction!r}: build it with reduction='mean'")
+    if reduction!='mean': raise ValueError("A cross-entropy must have reduction='mean' to be mixed with the drop "
+        f"path, got {reduction!r}: build it with reduction='mean'")
     if settings['weight'] is not None: settings['weight'] = check_weight(plain_tensor(settings['weight']))
     return settings
-
-# %% ../nbs/12_losses.ipynb #f72f27cc
-def pixel_loss_sum(
-    log_probs:Tensor, # Log-probabilities (N,C,h,w)
-    target:Tensor, # Labels (N,h,w), int64
-    weight:Tensor|None=None, # Weight of each class (C,); None weighs all alike
-    ignore_index:int=VOID, # Label of pixels that do not count
-    label_smoothing:float=0., # Share of the target spread over all classes
-) -> Tensor: # Scalar: sum over the pixels that count
-    "Sum the (weighted, smoothed) cross-entropy over pixels."
-    if weight is not None: weight = weight.to(log_probs)
-    loss = F.nll_loss(log_probs, target, weight, ignore_index=ignore_index, reduction='sum')
-    if not label_smoothing: return loss
-    weighted = log_probs if weight is None else log_probs*weight.view(1, -1, *[1]*(log_probs.dim()-2))
-    spread = -weighted.sum(1).masked_fill(target==ignore_index, 0.).sum()
-    return (1-label_smoothing)*loss + label_smoothing/log_probs.shape[1]*spread
 
 # %% ../nbs/12_losses.ipynb #c1eb7faa
 def pixel_count(
@@ -129,7 +121,8 @@ def pixel_count(
     normalize:str='valid', # 'valid': pixels that count, by weight; 'all': every pixel, N*h*w
 ) -> Tensor: # Scalar to divide the sum by; 1 where nothing counts
     "Count what the sum over pixels is divided by."
-    if check_choice(normalize, ('valid', 'all'), 'normalize')=='all': return torch.tensor(float(target.numel()), device=target.device)
+    if check_choice(normalize, ('valid', 'all'), 'normalize')=='all':
+        return torch.tensor(float(target.numel()), device=target.device)
     valid = target!=ignore_index
     count = valid.sum() if weight is None else weight.to(target.device)[target.masked_fill(~valid, 0)].mul(valid).sum()
     return torch.where(count>0, count, torch.ones_like(count))
@@ -141,8 +134,15 @@ def pixel_loss(
     options:dict, # Settings of the cross-entropy, as `cross_entropy_options` gives them
     normalize:str='valid', # 'valid': mean over the pixels that count; 'all': divided by N*h*w
 ) -> Tensor: # Scalar loss; 0 where nothing counts
-    "Average the cross-entropy of log-probabilities."
-    return pixel_loss_sum(log_probs, target, **options) / pixel_count(target, options['weight'], options['ignore_index'], normalize)
+    "Average the (weighted, smoothed) cross-entropy of log-probabilities."
+    weight,void,smooth = (options[o] for o in ('weight','ignore_index','label_smoothing'))
+    count = pixel_count(target, weight, void, normalize)
+    if weight is not None: weight = weight.to(log_probs)
+    loss = F.nll_loss(log_probs, target, weight, ignore_index=void, reduction='sum')
+    if not smooth: return loss/count
+    weighted = log_probs if weight is None else log_probs*weight.view(1, -1, *[1]*(log_probs.dim()-2))
+    spread = -weighted.sum(1).masked_fill(target==void, 0.).sum()
+    return ((1-smooth)*loss + smooth/log_probs.shape[1]*spread)/count
 
 # %% ../nbs/12_losses.ipynb #69deb1af
 @contextmanager
@@ -173,8 +173,9 @@ def per_pixel_loss(
     with no_reduction(base_loss): losses = plain_tensor(base_loss(pixels, labels, **kwargs))
     if losses.numel()==labels.numel(): return losses.flatten()
     name = getattr(base_loss, '__name__', type(base_loss).__name__)
-    raise NotPerPixel(f"{name} must give one value per pixel with reduction='none' to leave pixels out, got {losses.numel()} values for "
-                     f"{labels.numel()} pixels: give the loss an `ignore_index`, or a `reduction` that can be 'none'")
+    raise NotPerPixel(f"{name} must give one value per pixel with reduction='none' to leave pixels out, got "
+        f"{losses.numel()} values for {labels.numel()} pixels: give the loss an `ignore_index`, or a `reduction` that "
+        "can be 'none'")
 
 # %% ../nbs/12_losses.ipynb #ca62b36a
 def _check_mean(loss_func, value):
@@ -215,13 +216,14 @@ def check_per_pixel(
     "Refuse a loss that could not leave out the pixels of a class."
     if get_ignore_index(loss_func) is not None: return check_ignored(loss_func, num_classes)
     pixels = 2*num_classes+1
-    logits,target = torch.zeros(1, num_classes, 1, pixels, device=device),torch.zeros(1, 1, pixels, device=device).long()
+    logits = torch.zeros(1, num_classes, 1, pixels, device=device)
+    target = torch.zeros(1, 1, pixels, device=device).long()
     try: per_pixel_loss(logits, target, target==0, loss_func)
     except NotPerPixel: raise # It says all
     except Exception as e:
         name = getattr(loss_func, '__name__', type(loss_func).__name__)
-        raise ValueError(f"{name} has no `ignore_index`, so it was tried on logits (1,{num_classes},1,{pixels}) and labels "
-            f"(1,1,{pixels}), one value per pixel, and failed ({e}): give a loss of logits (N,C,H,W) and labels "
+        raise ValueError(f"{name} has no `ignore_index`, so it was tried on logits (1,{num_classes},1,{pixels}) and "
+            f"labels (1,1,{pixels}), one value per pixel, and failed ({e}): give a loss of logits (N,C,H,W) and labels "
             "(N,H,W)") from e
     _check_mean(loss_func, loss_func(logits, target))
 
@@ -249,7 +251,8 @@ def other_loss(
     if dropped_class is not None: valid &= target!=dropped_class
     if not valid.any(): return logits.flatten()[:0].sum() # 0, with a gradient of zeros
     if normalize=='valid':
-        if ignore_index is not None: return plain_tensor(base_loss(logits, masked_target(target, dropped_class, ignore_index)))
+        if ignore_index is not None:
+            return plain_tensor(base_loss(logits, masked_target(target, dropped_class, ignore_index)))
         if dropped_class is None: return plain_tensor(base_loss(logits, target))
     losses = per_pixel_loss(logits, target, valid, base_loss)
     return losses.mean() if normalize=='valid' else losses.sum()/target.numel()
@@ -268,7 +271,8 @@ def segmentation_loss(
     base_loss = nn.CrossEntropyLoss(ignore_index=VOID) if base_loss is None else base_loss
     options = cross_entropy_options(base_loss)
     if options is None: return other_loss(logits, target, base_loss, dropped_class, normalize)
-    return pixel_loss(F.log_softmax(logits, 1), masked_target(target, dropped_class, options['ignore_index']), options, normalize)
+    target = masked_target(target, dropped_class, options['ignore_index'])
+    return pixel_loss(F.log_softmax(logits, 1), target, options, normalize)
 
 # %% ../nbs/12_losses.ipynb #8794b460
 def mean_prob(
@@ -296,7 +300,8 @@ def strip_weights(
     "Take the class weights out of a cross-entropy."
     if options is not None: return {**options, 'weight':None}
     name = getattr(base_loss, '__name__', type(base_loss).__name__)
-    raise ValueError(f"{name} is no cross-entropy, so its class weights cannot be left out of the masked loss: use nn.CrossEntropyLoss, or `masked_weights=True`")
+    raise ValueError(f"{name} is no cross-entropy, so its class weights cannot be left out of the masked loss: "
+        "use nn.CrossEntropyLoss, or `masked_weights=True`")
 
 # %% ../nbs/12_losses.ipynb #daef98d6
 def drop_path_losses(
@@ -305,18 +310,22 @@ def drop_path_losses(
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     base_loss=None, # The pixel loss; None is cross-entropy that ignores 255
     normalize:str='valid', # 'valid': mean over the pixels that count; 'all': divided by N*h*w
-    masked_weights:bool|None=None, # Do class weights of the loss count in Eq. (6) too? None: not if it is a cross-entropy
+    masked_weights:bool|None=None, # Do class weights count in Eq. (6) too? None: not if the loss is a cross-entropy
 ) -> tuple: # Two scalars: masked loss of Eq. (6), suppression of Eq. (8)
     "Compute both losses of the drop path."
     drop_logits,target = loss_input(drop_logits, target)
     if len(keep_mask)!=drop_logits.shape[1]:
-        raise ValueError(f"`keep_mask` has {len(keep_mask)} entries for {drop_logits.shape[1]} classes: draw it with num_classes={drop_logits.shape[1]}")
+        raise ValueError(f"`keep_mask` has {len(keep_mask)} entries for {drop_logits.shape[1]} classes: "
+            f"draw it with num_classes={drop_logits.shape[1]}")
     z = find_dropped_class(keep_mask)
-    options = cross_entropy_options(base_loss) if base_loss is not None else cross_entropy_options(nn.CrossEntropyLoss(ignore_index=VOID))
+    base_loss = nn.CrossEntropyLoss(ignore_index=VOID) if base_loss is None else base_loss
+    options = cross_entropy_options(base_loss)
     if masked_weights is False or (masked_weights is None and options): options = strip_weights(options, base_loss)
-    if options is None: return other_loss(drop_logits, target, base_loss, z, normalize), suppression_loss(drop_logits, z)
+    if options is None:
+        return other_loss(drop_logits, target, base_loss, z, normalize), suppression_loss(drop_logits, z)
     log_probs = F.log_softmax(drop_logits, 1)
-    return pixel_loss(log_probs, masked_target(target, z, options['ignore_index']), options, normalize), mean_prob(log_probs, z)
+    target = masked_target(target, z, options['ignore_index'])
+    return pixel_loss(log_probs, target, options, normalize), mean_prob(log_probs, z)
 
 # %% ../nbs/12_losses.ipynb #1fccd09b
 def total_loss(
@@ -328,10 +337,12 @@ def total_loss(
 ) -> Tensor: # Scalar to minimise
     "Blend the three terms, Eq. (7) and (9); a term of weight 0 may be missing."
     lam = check_unit(lam, 'lam')
-    if not alpha>=0: raise ValueError(f"`alpha` must be at least 0, got {alpha}: 10 is the paper's, 0 turns the suppression off")
+    if not alpha>=0: raise ValueError(f"`alpha` must be at least 0, got {alpha}: "
+        "10 is the paper's, 0 turns the suppression off")
     terms = (('plain', 1-lam, plain), ('masked', lam, masked), ('suppression', alpha, suppression))
     missing = [name for name,weight,o in terms if o is None and weight]
-    if missing: raise ValueError(f"`{missing[0]}` is None, but its weight is not 0 at lam={lam}, alpha={alpha}: compute it, or change the weights")
+    if missing: raise ValueError(f"`{missing[0]}` is None, but its weight is not 0 at lam={lam}, alpha={alpha}: "
+        "compute it, or change the weights")
     return sum(weight*o for _,weight,o in terms if o is not None)
 
 # %% ../nbs/12_losses.ipynb #2ae84569
@@ -349,7 +360,9 @@ def choose_paths(
     generator:torch.Generator|None=None, # Random source of that draw; None is the global one
 ) -> StepPaths: # Which paths, and their weights
     "Leave out what has weight 0, or draw one path."
-    if sample: return StepPaths('drop', 1., alpha/lam) if torch.rand(1, generator=generator).item()<lam else StepPaths('plain', 0., 0.)
+    if sample:
+        drops = torch.rand(1, generator=generator).item()<lam
+        return StepPaths('drop', 1., alpha/lam) if drops else StepPaths('plain', 0., 0.)
     if lam==1: return StepPaths('drop', 1., alpha)
     if lam==0 and (dropped_class is None or alpha==0): return StepPaths('plain', 0., 0.)
     return StepPaths('both', lam, alpha)
@@ -357,20 +370,22 @@ def choose_paths(
 # %% ../nbs/12_losses.ipynb #c48083e3
 def dropclass_loss(
     logits:Tensor|None, # Logits of the plain path (N,C,h,w); None if it did not run, which needs `lam` 1
-    drop_logits:Tensor|None, # Logits of the drop path (N,C,h,w); None if it did not run, which needs `lam` 0 and no dropped class
+    drop_logits:Tensor|None, # Logits of the drop path (N,C,h,w); None if it did not run: `lam` 0, no dropped class
     target:Tensor, # Labels (N,h,w)
     keep_mask:Tensor, # Mask (C,): 1 = kept, 0 = dropped
     lam:float, # Weight of the drop path, lambda, in [0,1]
     alpha:float=1., # Weight of the suppression term, at least 0; the paper's is 10
     base_loss=None, # The pixel loss; None is cross-entropy that ignores 255
     normalize:str='valid', # 'valid': mean over the pixels that count; 'all': divided by N*h*w
-    masked_weights:bool|None=None, # Do class weights of the loss count in Eq. (6) too? None: not if it is a cross-entropy
+    masked_weights:bool|None=None, # Do class weights count in Eq. (6) too? None: not if the loss is a cross-entropy
 ) -> Tensor: # Scalar to minimise
     "Compute the total loss of a training step."
     plain,drop = None,(None, None)
     needed = choose_paths(lam, find_dropped_class(keep_mask), alpha).path
     for name,given in (('plain', logits), ('drop', drop_logits)):
-        if given is None and needed in (name, 'both'): raise ValueError(f"The {name} path has a weight at lam={lam}, alpha={alpha}, so its logits cannot be None: let it run, or change the weights")
+        if given is None and needed in (name, 'both'): raise ValueError(f"The {name} path has a weight at lam={lam}, "
+            f"alpha={alpha}, so its logits cannot be None: let it run, or change the weights")
     if logits is not None: plain = segmentation_loss(logits, target, base_loss, normalize=normalize)
-    if drop_logits is not None: drop = drop_path_losses(drop_logits, target, keep_mask, base_loss, normalize, masked_weights)
+    if drop_logits is not None:
+        drop = drop_path_losses(drop_logits, target, keep_mask, base_loss, normalize, masked_weights)
     return total_loss(plain, *drop, lam=lam, alpha=0. if drop_logits is None else alpha)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['pick_logits', 'resize_logits', 'OutputAdapter', 'MergeHead', 'pad_to_multiple', 'BranchSegmenter', 'read_weights',
-           'repeat_channels', 'adapt_input', 'load_backbone', 'fetch', 'import_timm', 'from_hub', 'TimmEncoder',
-           'timm_segmenter', 'hrnet_v1_w18', 'hrnet_v2_w18', 'deeplabv3_mobilenetv3', 'unet_bodies', 'unet_segmenter',
-           'conv_block', 'SmallSegNet', 'single_values', 'model_names', 'create_model']
+           'repeat_channels', 'adapt_input', 'input_channels', 'load_backbone', 'fetch', 'import_timm', 'from_hub',
+           'TimmEncoder', 'timm_segmenter', 'hrnet_v1_w18', 'hrnet_v2_w18', 'deeplabv3_mobilenetv3', 'unet_bodies',
+           'unet_segmenter', 'conv_block', 'SmallSegNet', 'single_values', 'model_names', 'create_model']
 
 # %% ../nbs/23_models.ipynb #027eca40
 import socket
@@ -161,16 +161,29 @@ def repeat_channels(
     if in_chans==1: return weight.sum(1, keepdim=True)
     return weight[:,[i%3 for i in range(in_chans)]]*(3/in_chans)
 
+def _reads_colors(module):
+    "Is this a convolution over the three channels of an image?"
+    return isinstance(module, nn.Conv2d) and module.in_channels==3 and module.groups==1
+
 def adapt_input(
     model:nn.Module, # Network or encoder for three channels
     in_chans:int, # Channels of the images
 ) -> nn.Module: # The same, changed in place
     "Let a network read images of other than three channels."
     if in_chans==3: return model
-    first = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels==3 and m.groups==1]
+    first = [m for m in model.modules() if _reads_colors(m)]
     if not first: raise ValueError(f"{type(model).__name__} has no convolution over three channels that could be changed to {in_chans}")
     for m in first: m.in_channels,m.weight = in_chans,nn.Parameter(repeat_channels(m.weight.data, in_chans))
     return model
+
+def input_channels(
+    model:nn.Module, # Network for three channels
+    weights:dict, # Tensors by its names
+) -> int: # Channels of the images that they are for; 3 where they do not say
+    "Read off weights how many channels their images have."
+    first = [f'{k}.weight' for k,m in model.named_modules() if _reads_colors(m)]
+    found = {weights[k].shape[1] for k in first if k in weights and weights[k].ndim==4}
+    return found.pop() if len(found)==1 else 3
 
 # %% ../nbs/23_models.ipynb #935aafcb
 def _fit_channels(given, own):
@@ -253,7 +266,8 @@ class TimmEncoder(nn.Module):
         timm = import_timm()
         if not timm.is_model(name):
             near = ', '.join(map(repr, get_close_matches(name, timm.list_models())))
-            raise ValueError(f"timm has no encoder {name!r}{f': did you mean {near}?' if near else ''} `timm.list_models()` lists them all")
+            raise ValueError(f"timm has no encoder {name!r}{f': did you mean {near}?' if near else ';'} "
+                             "`timm.list_models()` lists them all")
         if name.startswith('hrnet'): kwargs = {'feature_location':'', **kwargs}
         build = lambda: timm.create_model(name, pretrained=pretrained, features_only=True, **kwargs)
         self.body = fetch(lambda: from_hub(build), name) if pretrained else build()
@@ -343,7 +357,7 @@ def unet_bodies() -> dict: # By name: a function that builds the network, and wh
 
 def _whole_body(name, pretrained):
     "A classification network, and the meta data of fastai."
-    build,meta = unet_bodies()[check_choice(name, unet_bodies(), 'body')]
+    build,meta = unet_bodies()[check_choice(name, unet_bodies(), 'the body of a unet:')]
     if 'weights' in meta: # torchvision's
         return (fetch(lambda: build(weights=meta['weights']), name) if pretrained else build(weights=None)),meta
     if pretrained: raise ValueError(f"There are no trained weights for the body {name!r}: leave out `pretrained`, or take one of torchvision's, 'resnet18' say")
@@ -445,7 +459,7 @@ def create_model(
     "Build a network by its name."
     kind,_,rest = str(name).partition(':')
     if rest and kind in _open_ended: return _open_ended[kind](rest, num_classes, pretrained, weights_file, in_chans=in_chans)
-    build = _models[check_choice(name, model_names(), 'name')]
+    build = _models[check_choice(name, [*model_names(), *(f'{o}:NAME' for o in _open_ended)], 'name')]
     if build is not SmallSegNet: return build(num_classes, pretrained, weights_file, in_chans)
     if pretrained or weights_file is not None: raise ValueError(
         "The network 'small' has no encoder to fill with trained weights: leave out `pretrained` and `weights_file`")

@@ -37,6 +37,8 @@ def rarity_weights(
     counts = torch.as_tensor(pixel_counts).double().cpu()
     if counts.ndim!=1 or not (counts>=0).all():
         raise ValueError(f"`pixel_counts` must be one number per class (C,), 0 or more, got {counts.tolist()}")
+    if not abs(power)<float('inf'):
+        raise ValueError(f"`power` must be a finite number, got {power}: 0.5 favours rare classes")
     unknown = [c for c in never if c not in range(len(counts))]
     if unknown: raise ValueError(f"`never` must list labels in 0..{len(counts)-1}, got {unknown[0]!r}")
     weights = torch.where(counts>0, (counts/counts.sum()).clamp(min=1e-12)**-power, 0.)

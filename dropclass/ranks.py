@@ -99,7 +99,7 @@ def pixel_shares(
     loss_func, # The user's loss
     dropped_class:int|None=None, # The dropped class z; None drops nothing
     normalize:str='valid', # The masked loss is a mean over 'valid' pixels, or over 'all', which needs no share
-    masked_weights:bool|None=None, # Do class weights count in the masked loss? None: no, as `drop_path_losses` has it for a cross-entropy
+    masked_weights:bool|None=None, # Do class weights count in the masked loss? None: no, as in `drop_path_losses`
 ) -> tuple: # Shares of the plain and of the masked loss
     "Weigh this rank's means by the pixels behind them."
     if num_ranks()==1: return 1.,1.
@@ -107,7 +107,8 @@ def pixel_shares(
     except ValueError: options = None # Another reduction than the mean
     if options is None: return 1.,1.
     target,weight,void = target.as_subclass(Tensor),options['weight'],options['ignore_index']
-    counts = torch.stack([counted(target, weight, void), counted(masked_target(target, dropped_class, void), weight if masked_weights else None, void)])
+    masked,weighted = masked_target(target, dropped_class, void),weight if masked_weights else None
+    counts = torch.stack([counted(target, weight, void), counted(masked, weighted, void)])
     plain,masked = to_shares(counts.cpu(), sum_over_ranks(counts).cpu(), num_ranks())
     return plain, masked if normalize=='valid' else 1.
 

@@ -163,6 +163,11 @@ def _smp_loss(name, ignore_index, weight=None, **options):
 LOSSES = ('ce','focal','dice_ce','lovasz','ohem','logit_adjusted','blv') # `Config.loss`; 'ce' is PyTorch's cross-entropy
 COUNTED_LOSSES = ('logit_adjusted','blv') # Those that need the classes' pixel counts
 
+def _check_loss_option(name, value):
+    "Refuse a number that makes no loss: only `tau` may be below 0."
+    if value is None or name=='tau' and math.isfinite(value) or 0<=value<math.inf: return
+    raise ValueError(f"`{name}` must be a finite number{'' if name=='tau' else ' of at least 0'}, got {value}")
+
 def region_loss(
     name:str, # One of `LOSSES`, but 'ce'
     weight:Tensor|None=None, # Weight of each class (C,); None weighs all alike
@@ -177,7 +182,7 @@ def region_loss(
         raise ValueError(f"`loss={name!r}` has no class weights, it balances the classes by itself: use weights='none'")
     allowed = dict(focal=('gamma','alpha'), dice_ce=('dice_weight',), lovasz=('per_image',), ohem=('thresh','min_kept'),
                    logit_adjusted=('tau',), blv=('sigma',))[name]
-    for o in options: check_choice(o, allowed, f'option of the loss {name!r}')
+    for o,v in options.items(): _check_loss_option(check_choice(o, allowed, f'option of the loss {name!r}'), v)
     if name in COUNTED_LOSSES:
         if pixel_counts is None: raise ValueError(f"`loss={name!r}` needs `pixel_counts`: count the training masks")
         kind = dict(logit_adjusted=LogitAdjustedLoss, blv=VariedLogitsLoss)[name]

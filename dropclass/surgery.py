@@ -31,7 +31,8 @@ class _NotDense(ValueError): "The model predicts something else than logits per 
 
 def _check_dense(out):
     "Refuse sets of masks: there, no layer scores the classes of a pixel."
-    if not isinstance(out, Mapping) or 'masks_queries_logits' not in out: return
+    fields = out if isinstance(out, Mapping) else getattr(out, '__dataclass_fields__', ()) # Of a class of outputs
+    if 'masks_queries_logits' not in fields: return
     raise _NotDense("The model predicts a set of masks, and one class for each (`masks_queries_logits`, "
         "`class_queries_logits`): no layer scores the classes of a pixel, so Eq. (1) has nothing to differentiate and "
         "no class can be dropped from a pixel's features. DropClass needs a model with logits per pixel, SegFormer or "
@@ -102,6 +103,7 @@ def make_probe(
             return images
         except _NotDense: raise
         except (RuntimeError, ValueError, AssertionError, IndexError, TypeError, AttributeError) as err: last = err
+    for m in model.modules(): _check_dense(getattr(m.forward, '__annotations__', {}).get('return')) # What it promises
     raise ValueError(f"No square image of {', '.join(map(str, sizes))} pixels goes through {type(model).__name__} "
         f"({type(last).__name__}: {str(last)[:100]}): pass `probe`, a batch of two images (or a tuple of inputs)")
 
@@ -127,7 +129,7 @@ def _may_classify(layer, num_classes):
     transposed = isinstance(layer, (nn.ConvTranspose1d,nn.ConvTranspose2d,nn.ConvTranspose3d))
     return transposed and layer.out_channels==num_classes!=layer.in_channels
 
-def _candidates(model, probe, num_classes, most=8):
+def _candidates(model, probe, num_classes):
     "Convolutions with C outputs that ran last, all layers that take a tensor and end in C channels, and C."
     order,mods = {},dict(model.named_modules())
     def note(m, args, kwargs, out, name):
@@ -139,7 +141,7 @@ def _candidates(model, probe, num_classes, most=8):
     num_classes = num_classes or out.shape[1]
     ends = [n for n,shape in order.items() if n and num_classes in (*shape[1:2], *shape[-1:])]
     ends = [n for n in ends if next(mods[n].parameters(), None) is not None]
-    return [n for n in ends if _may_classify(mods[n], num_classes)][-most:],ends,num_classes
+    return [n for n in ends if _may_classify(mods[n], num_classes)][-8:],ends,num_classes
 
 # %% ../nbs/21_surgery.ipynb #f7feff31
 def _noised(model, probe, watched, names=()):

@@ -21,7 +21,8 @@ class ToyNet(nn.Module):
         stride:int=2, # Features are smaller than the image by this factor
     ):
         super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(3, channels, 3, stride=stride, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU())
+        conv = nn.Conv2d(3, channels, 3, stride=stride, padding=1, bias=False)
+        self.backbone = nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
         self.classifier = nn.Conv2d(channels, num_classes, kernel_size, padding=kernel_size//2)
 
     def forward(self,

@@ -4,7 +4,9 @@ import sys
 from pathlib import Path
 
 offline = str(Path(__file__).parent/'offline')
-os.environ['PYTHONPATH'] = os.pathsep.join(dict.fromkeys([offline, *filter(None, os.environ.get('PYTHONPATH', '').split(os.pathsep))]))
+os.environ['PYTHONPATH'] = os.pathsep.join(dict.fromkeys([offline,
+                                                          *filter(None,
+                                                                  os.environ.get('PYTHONPATH', '').split(os.pathsep))]))
 os.environ.setdefault('MPLBACKEND', 'agg')
 if not getattr(sys.modules.get('sitecustomize'), '__file__', '').startswith(offline): # None yet, or the machine's own
     sys.modules.pop('sitecustomize', None)

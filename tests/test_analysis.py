@@ -1,4 +1,5 @@
-"The evidence: the paper's numbers, erased context against the naive way, entanglement, bias; on networks, Learners and run folders."
+"""The evidence: the paper's numbers, erased context against the naive way, entanglement, bias; on networks, Learners
+and run folders."""
 import json
 import shutil
 import subprocess
@@ -14,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dropclass.analysis.bias import bias_scores, pair_confusions, proxy_values, rank_agreement, worst_confusions
-from dropclass.analysis.context import (HARBOUR, PIXELS, colocation, erase, harbour, image_stats, load_colocation, make_fill,
+from dropclass.analysis.context import (HARBOUR, PIXELS, colocation, erase, harbour, image_stats, load_colocation,
+                                        make_fill,
                                         robustness_table, vulnerable_classes)
 from dropclass.analysis.drop import compare_removals, drop_effect, load_drop_effect
 from dropclass.analysis.entanglement import MEASURES, cosine_matrix, entanglement, entanglement_table, row_sums
@@ -59,7 +61,8 @@ def test_paper_table_is_a_copy():
 def test_tables_are_shipped(tmp_path):
     for o in ('setup.py','settings.ini','pyproject.toml','README.md','LICENSE'): shutil.copy(root/o, tmp_path)
     shutil.copytree(root/'dropclass', tmp_path/'dropclass', ignore=shutil.ignore_patterns('__pycache__'))
-    subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', 'out'], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([sys.executable, 'setup.py', '-q', 'build_py', '--build-lib', 'out'], cwd=tmp_path, check=True,
+                   capture_output=True)
     file = 'dropclass/analysis/paper_tables.json'
     assert (tmp_path/'out'/file).read_bytes()==(root/file).read_bytes()
 
@@ -68,7 +71,8 @@ def test_tables_are_shipped(tmp_path):
 def naive(model, images, spec, fill, stats, seed=0):
     "Evaluate every image and every copy, one image at a time, with nothing shared."
     paint,C = make_fill(fill, stats, seed),len(spec)
-    run = lambda change: sum(evaluate(model, [(change(x, y, i)[None], y[None])], C, spec.ignore_index) for i,(x,y) in enumerate(images))
+    run = lambda change: sum(evaluate(model, [(change(x, y, i)[None], y[None])], C, spec.ignore_index)
+                             for i,(x,y) in enumerate(images))
     return run(lambda x,y,i: x),torch.stack([run(lambda x,y,i: erase(x, y==c, paint, i)) for c in range(C)])
 
 def wide_net(C, seed=0):
@@ -112,7 +116,8 @@ def test_images_of_several_sizes():
 
 def test_model_is_left_as_it_was():
     net = wide_net(4)
-    net.train(); net[0].eval()
+    net.train()
+    net[0].eval()
     state = {k:v.clone() for k,v in net.state_dict().items()}
     colocation(net, [toy_batch()], 4)
     assert net.training and not net[0].training and net[1].training
@@ -121,7 +126,9 @@ def test_model_is_left_as_it_was():
 def test_outputs_other_than_a_tensor():
     "A dict at a quarter of the size, as torchvision and transformers return it."
     class Dict(nn.Module):
-        def __init__(self): super().__init__(); self.net = wide_net(4)
+        def __init__(self):
+            super().__init__()
+            self.net = wide_net(4)
         def forward(self, x): return {'out':F.avg_pool2d(self.net(x), 4), 'aux':torch.zeros(())}
     co = colocation(Dict(), [toy_batch()], 4)
     assert co.confusion.sum()==(toy_batch()[1]!=VOID).sum()
@@ -145,7 +152,8 @@ def test_progress_wraps_the_batches():
 
 def test_bad_input():
     net,batch = wide_net(4),toy_batch()
-    with pytest.raises(ValueError, match='scores 4 classes and the data have 3'): colocation(net, [toy_batch(num_classes=3)], 3)
+    with pytest.raises(ValueError, match='scores 4 classes and the data have 3'):
+        colocation(net, [toy_batch(num_classes=3)], 3)
     with pytest.raises(ValueError, match='target holds label 3'): colocation(wide_net(3), [batch], 3)
     with pytest.raises(ValueError, match='at least 2, got 1'): colocation(net, [batch], ['road'])
     with pytest.raises(ValueError, match='`data` is empty'): colocation(net, [], 4, fill=0.)
@@ -180,8 +188,10 @@ def test_table_4_from_first_principles(two, pixels, k):
     for y in range(5):
         top = sorted((x for x in range(5) if x!=y), key=lambda x: -fall[x,y])[:k]
         for o in two:
-            assert df.loc[HARBOUR.names[y], (o.label,'I')]==pytest.approx(100*np.mean([o.iou_before(pixels)[x,y] for x in top]))
-            assert df.loc[HARBOUR.names[y], (o.label,'I*')]==pytest.approx(100*np.mean([o.iou_after(pixels)[x,y] for x in top]))
+            assert df.loc[HARBOUR.names[y],
+                          (o.label,'I')]==pytest.approx(100*np.mean([o.iou_before(pixels)[x,y] for x in top]))
+            assert df.loc[HARBOUR.names[y],
+                          (o.label,'I*')]==pytest.approx(100*np.mean([o.iou_after(pixels)[x,y] for x in top]))
         mean[y] = np.mean([fall[x,y] for x in top])
     worst = sorted(mean, key=lambda y: -mean[y])[:3]
     assert vulnerable_classes(base, k, pixels)==worst
@@ -196,7 +206,9 @@ def test_table_4_from_first_principles(two, pixels, k):
 
 def test_i_is_the_ordinary_iou(two):
     df = robustness_table(*two)
-    for o in two: np.testing.assert_allclose(df[o.label,'I'][list(HARBOUR.names[:5])].astype(float), 100*class_iou(o.confusion)[:5])
+    for o in two:
+        np.testing.assert_allclose(df[o.label,'I'][list(HARBOUR.names[:5])].astype(float),
+                                   100*class_iou(o.confusion)[:5])
 
 def test_same_label_twice(two):
     df = robustness_table(two[0], two[0])
@@ -216,7 +228,9 @@ def test_pictures(two, tmp_path):
 
 def test_inpainting_by_a_library(monkeypatch):
     "OpenCV gets bytes and a mask; the erased pixels come back on the scale of the image."
-    fake = types.SimpleNamespace(INPAINT_TELEA=1, inpaint=lambda pixels, mask, radius, how: np.where(mask[...,None]>0, 255, pixels).astype('uint8'))
+    fake = types.SimpleNamespace(INPAINT_TELEA=1,
+                                 inpaint=lambda pixels, mask, radius, how: np.where(mask[...,None]>0, 255,
+                                                                                    pixels).astype('uint8'))
     monkeypatch.setitem(sys.modules, 'cv2', fake)
     image,erased = torch.linspace(-2, 2, 3*64).view(3, 8, 8),torch.eye(8)>0
     new = erase(image, erased, make_fill('inpaint'))
@@ -245,7 +259,8 @@ def test_grad_cam_against_captum(kernel_size, mask, layer):
     masks = cam_masks(mask, net(x).detach(), range(4), y)
     score = lambda o: (net(o)*masks).sum((2, 3))/masks.sum((2, 3))
     for c in range(4):
-        theirs = LayerGradCam(score, cam_layer(net, layer)).attribute(x, target=c, attribute_to_layer_input=True, relu_attributions=True)
+        theirs = LayerGradCam(score, cam_layer(net, layer)).attribute(x, target=c, attribute_to_layer_input=True,
+                                                                      relu_attributions=True)
         assert torch.allclose(ours[:,c], theirs[:,0], atol=1e-8, rtol=1e-4), c
     assert ours.amax()>0
 
@@ -258,14 +273,17 @@ def test_grad_cam_of_both_paths_against_captum(path):
     head.predict = path
     net.train()(x) # Running statistics of the block
     net.eval()
-    theirs = LayerGradCam(lambda o: net(o).mean((2, 3)), head).attribute(x, target=2, attribute_to_layer_input=True, relu_attributions=True)
+    theirs = LayerGradCam(lambda o: net(o).mean((2, 3)), head).attribute(x, target=2, attribute_to_layer_input=True,
+                                                                         relu_attributions=True)
     assert torch.allclose(grad_cam(net, x, [2], 'all')[:,0], theirs[:,0], atol=1e-9, rtol=1e-4)
 
 def test_grad_cam_of_a_linear_classifier():
     "Channels come last, as in transformers."
     from dropclass.analysis.figures import grad_cam
     class Last(nn.Module):
-        def __init__(self): super().__init__(); self.net,self.classifier = nn.Conv2d(3, 8, 3, padding=1),nn.Linear(8, 4)
+        def __init__(self):
+            super().__init__()
+            self.net,self.classifier = nn.Conv2d(3, 8, 3, padding=1),nn.Linear(8, 4)
         def forward(self, x): return self.classifier(self.net(x).relu().permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     net,(x,_) = Last(),toy_batch()
     conv = nn.Conv2d(8, 4, 1)
@@ -279,7 +297,8 @@ def test_grad_cam_leaves_nothing_behind():
     state = {k:v.clone() for k,v in net.state_dict().items()}
     grad_cam(net, x, [0])
     assert net.training and all(torch.equal(v, state[k]) for k,v in net.state_dict().items())
-    assert all(o.grad is None for o in net.parameters()) and not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+    assert all(o.grad is None for o in net.parameters()) and not any(m._forward_pre_hooks or m._forward_hooks
+                                                                     for m in net.modules())
 
 def test_differences_from_first_principles():
     from dropclass.analysis.figures import differences
@@ -293,7 +312,8 @@ def test_differences_from_first_principles():
             expected = ((y==i)&(a==i)&(b==j)&(a!=b)).sum((1, 2))
             assert torch.equal(found.counts[:,0,i,j], expected)
     worst = found.images((0, 1), 9)
-    pixels = [int(((((y[n]==0)&(a[n]+b[n]==1)&(a[n]!=b[n]))|((y[n]==1)&(a[n]+b[n]==1)&(a[n]!=b[n])))).sum()) for n in worst]
+    pixels = [int(((((y[n]==0)&(a[n]+b[n]==1)&(a[n]!=b[n]))|((y[n]==1)&(a[n]+b[n]==1)&(a[n]!=b[n])))).sum())
+              for n in worst]
     assert pixels==sorted(pixels, reverse=True) and all(pixels)
 
 def test_boxes_cover_the_differences():
@@ -317,12 +337,16 @@ def test_pictures_of_a_learner():
 def test_cosines_against_pytorch():
     weight = torch.randn(7, 12, generator=torch.Generator().manual_seed(0)).double()
     truth = F.cosine_similarity(weight[:,None], weight[None], dim=2)
-    for measure,expected in zip(MEASURES, (truth, truth.clamp(min=0), F.cosine_similarity(weight.relu()[:,None], weight.relu()[None], dim=2))):
+    for measure,expected in zip(MEASURES,
+                                (truth, truth.clamp(min=0),
+                                 F.cosine_similarity(weight.relu()[:,None], weight.relu()[None], dim=2))):
         assert torch.allclose(cosine_matrix(weight, measure), expected, atol=1e-12)
-        assert torch.allclose(row_sums(cosine_matrix(weight, measure)), torch.stack([sum(expected[i,j] for j in range(7) if j!=i) for i in range(7)]), atol=1e-12)
+        assert torch.allclose(row_sums(cosine_matrix(weight, measure)),
+                              torch.stack([sum(expected[i,j] for j in range(7) if j!=i) for i in range(7)]), atol=1e-12)
 
 def test_three_columns_in_their_order():
-    assert MEASURES==('signed cosine','positive part','cosine of ReLU(W)') # Fixed before any comparison of trained networks
+    # Fixed before any comparison of trained networks
+    assert MEASURES==('signed cosine','positive part','cosine of ReLU(W)')
     a,b = (entanglement(wide_net(5, seed), pixel_counts=[5,1,4,2,3], label=f'net {seed}') for seed in (0, 1))
     assert list(a.table().columns)==['pixels',*MEASURES]
     assert list(a.table().index)==['class 1','class 3','class 4','class 2','class 0','mean']
@@ -340,14 +364,18 @@ def test_entanglement_reads_the_right_layer():
 def test_no_linear_classifier():
     class Ranks(nn.Module):
         "Scores classes by distance: no convolution has one output per class."
-        def __init__(self): super().__init__(); self.net,self.centres = nn.Conv2d(3, 6, 3, padding=1),nn.Parameter(torch.randn(4, 6))
+        def __init__(self):
+            super().__init__()
+            self.net,self.centres = nn.Conv2d(3, 6, 3, padding=1),nn.Parameter(torch.randn(4, 6))
         def forward(self, x): return -(self.net(x)[:,None]-self.centres[None,:,:,None,None]).pow(2).sum(2)
     with pytest.raises(ValueError, match='No convolution with 4 outputs'): entanglement(Ranks())
     assert colocation(Ranks(), [toy_batch()], 4).images==4 # Everything else is still there
 
 def test_classifiers_that_are_added_up():
     class Sum(nn.Module):
-        def __init__(self): super().__init__(); self.a,self.b = nn.Conv2d(3, 4, 1),nn.Conv2d(3, 4, 1)
+        def __init__(self):
+            super().__init__()
+            self.a,self.b = nn.Conv2d(3, 4, 1),nn.Conv2d(3, 4, 1)
         def forward(self, x): return self.a(x)+self.b(x.flip(-1))
     net = Sum()
     weight = torch.cat([net.a.weight, net.b.weight], 1)[...,0,0]
@@ -360,7 +388,8 @@ def test_classifiers_that_are_added_up():
 def test_rank_agreement_against_pandas():
     values = pd.DataFrame(np.random.default_rng(0).normal(size=(12, 2)), columns=['fall','bias'])
     found = rank_agreement(values)
-    for name in ('spearman','kendall'): assert found.correlation[name]==pytest.approx(values.fall.corr(values.bias, method=name))
+    for name in ('spearman','kendall'):
+        assert found.correlation[name]==pytest.approx(values.fall.corr(values.bias, method=name))
     assert (found.classes==12).all()
 
 def test_proxy_leaves_absent_classes_out(two):
@@ -373,18 +402,22 @@ def test_confusions_sum_up():
     worst = worst_confusions(confusion, 5, k=99)
     assert worst.pixels.sum()==confusion.sum()-confusion.diagonal().sum() and worst.share.is_monotonic_decreasing
     both = pair_confusions({'a':confusion}, 5, [(0, 1), (1, 0)])
-    assert both.a.iloc[0]==both.a.iloc[1]==pytest.approx(100*float(confusion[0,1]+confusion[1,0])/float(confusion[:2].sum()))
+    assert both.a.iloc[0]==both.a.iloc[1]==pytest.approx(100*float(confusion[0,1]
+                                                                   +confusion[1,0])/float(confusion[:2].sum()))
 
 # ---- run folders
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "Two tiny runs on scenes."
-    folder,common = tmp_path_factory.mktemp('runs'),dict(data='scenes', arch='small', epochs=1, bs=4, size=(32,48), data_options=dict(n_train=8, n_valid=6))
-    for method in ('plain','dropclass'): train_run(Config(method=method, **common), folder/method, progress=False, write=lambda o: None)
+    folder,common = tmp_path_factory.mktemp('runs'),dict(data='scenes', arch='small', epochs=1, bs=4, size=(32,48),
+                                                         data_options=dict(n_train=8, n_valid=6))
+    for method in ('plain','dropclass'):
+        train_run(Config(method=method, **common), folder/method, progress=False, write=lambda o: None)
     return folder
 
-def drop_counts(folder, test='valid'): return torch.tensor(json.loads((folder/'confusion.json').read_text())[test]['drop'])
+def drop_counts(folder,
+                test='valid'): return torch.tensor(json.loads((folder/'confusion.json').read_text())[test]['drop'])
 
 def test_drop_effect_of_a_run(runs, tmp_path):
     "The script asks a run as training did; measured runs are skipped."
@@ -394,9 +427,12 @@ def test_drop_effect_of_a_run(runs, tmp_path):
     found = load_drop_effect(tmp_path/'dropclass.json')
     assert torch.equal(found.confusion, drop_counts(runs/'dropclass')) and found.images==6
     assert torch.equal(found.dropped.sum(2), found.confusion.sum(1).expand(15, 15))
-    assert json.loads((tmp_path/'dropclass.json').read_text())['config']==json.loads((runs/'dropclass'/'config.json').read_text())['hash']
+    assert json.loads((tmp_path/'dropclass.json').read_text())[
+        'config']==json.loads((runs/'dropclass'/'config.json').read_text())['hash']
     with pytest.raises(ValueError, match='plain has no DropClassHead'): drop_effect(load_run(runs/'plain'))
-    for lines in (1, 0): assert subprocess.run([*command, '--erase', 'mean'], check=True, capture_output=True, text=True).stdout.count('erased by mean')==lines
+    for lines in (1, 0):
+        assert subprocess.run([*command, '--erase', 'mean'], check=True, capture_output=True,
+                              text=True).stdout.count('erased by mean')==lines
     assert len(compare_removals(found, load_colocation(tmp_path/'erased'/'dropclass-mean.json')))>20
 
 @pytest.mark.parametrize('name,kept', [('camvid', 'camvid/cpu'), ('scenes', 'scenes/options')])

@@ -71,8 +71,10 @@ def test_a_stream_is_audited_without_a_bar(batch):
 
 
 def test_images_that_are_shuffled_have_no_numbers(batch):
-    with pytest.raises(ValueError, match='does not shuffle'): take_images(DataLoader(TensorDataset(*batch), batch_size=2, shuffle=True), [0])
-    with pytest.raises(ValueError, match='does not shuffle'): take_images(DataLoader(TensorDataset(*batch), batch_size=2, sampler=SubsetRandomSampler(range(4))), [0])
+    with pytest.raises(ValueError, match='does not shuffle'):
+        take_images(DataLoader(TensorDataset(*batch), batch_size=2, shuffle=True), [0])
+    with pytest.raises(ValueError, match='does not shuffle'):
+        take_images(DataLoader(TensorDataset(*batch), batch_size=2, sampler=SubsetRandomSampler(range(4))), [0])
     assert torch.equal(take_images(DataLoader(TensorDataset(*batch), batch_size=2), [3])[3][0], batch[0][3])
     class Shuffles(list):
         def shuffle(self, seed): return self
@@ -98,12 +100,14 @@ def test_grad_cam_in_front_of_a_layer_that_overwrites_its_input(batch, inplace):
     torch.manual_seed(0)
     net,(x, _) = Late().eval(),batch
     found = grad_cam(net, x, [0,1], layer='act', mask='all')
-    features = net.first(x).detach().requires_grad_() # As written: A times the gradient of the score, summed over channels
+    # As written: A times the gradient of the score, summed over channels
+    features = net.first(x).detach().requires_grad_()
     score = net.last(features.relu()).flatten(2).mean(2)
     for i,c in enumerate((0, 1)):
         gradient, = torch.autograd.grad(score[:,c].sum(), features, retain_graph=True)
         expected = (gradient.mean((2, 3), keepdim=True)*features).sum(1).relu().detach()
-        a,b = found[:,i].flatten(),F.interpolate(expected[:,None], size=found.shape[-2:], mode='bilinear')[:,0].flatten()
+        a,b = found[:,i].flatten(),F.interpolate(expected[:,None], size=found.shape[-2:], mode='bilinear')[:,
+                                                                                                           0].flatten()
         assert torch.corrcoef(torch.stack([a, b]))[0,1]>.999
 
 
@@ -138,7 +142,8 @@ def test_inpainting_any_number_of_channels(channels):
     image,erased = torch.rand(channels, 16, 16),torch.zeros(16, 16, dtype=torch.bool)
     erased[4:8,4:8] = True
     found = inpaint(image, erased)
-    assert found.shape==image.shape and (found-image)[:,~erased].abs().max()<.01 and (found-image)[:,erased].abs().max()>.01
+    assert found.shape==image.shape
+    assert (found-image)[:,~erased].abs().max()<.01 and (found-image)[:,erased].abs().max()>.01
 
 
 def test_masks_of_fastai_are_counted():
@@ -148,7 +153,8 @@ def test_masks_of_fastai_are_counted():
 
 def test_all_void_has_no_robustness(batch):
     x,y = batch
-    with pytest.raises(ValueError, match='all are void'): robustness_table(colocation(ToyNet(), [(x, torch.full_like(y, VOID))], 4))
+    void = [(x, torch.full_like(y, VOID))]
+    with pytest.raises(ValueError, match='all are void'): robustness_table(colocation(ToyNet(), void, 4))
 
 
 def test_no_negative_zero():
@@ -174,7 +180,8 @@ def test_networks_of_one_size_are_probed_with_the_images(batch):
 
 def test_a_fill_may_be_an_array(batch):
     subject,colour = open_model(ToyNet(), 4),np.array([.5,.1,-.3])
-    pictures = [erased_example(subject, [batch], colocation(subject, [batch], fill=o), o, least=-100.).shots['erased'] for o in (colour, torch.tensor(colour))]
+    pictures = [erased_example(subject, [batch], colocation(subject, [batch], fill=o), o, least=-100.).shots['erased']
+                for o in (colour, torch.tensor(colour))]
     assert torch.equal(*map(torch.as_tensor, pictures))
 
 
@@ -198,7 +205,8 @@ def test_learners_that_ignore_a_class_say_what_to_pass():
 def test_networks_of_runs_go_to_the_device(monkeypatch, tmp_path):
     "There may be no GPU here, so the meta device stands for one."
     class Saved(Run): # What `load_run` gives
-        folder,spec,config,metrics = tmp_path/'run',ClassSpec(['road','car','sky','tree']),Config(),dict(pixel_counts=[1]*4)
+        folder,spec = tmp_path/'run',ClassSpec(['road','car','sky','tree'])
+        config,metrics = Config(),dict(pixel_counts=[1]*4)
         def __init__(self): pass
         def load_model(self): return ToyNet()
     assert [Saved().subject(device=o).device.type for o in ('meta', 'cpu')]==['meta', 'cpu']
@@ -212,4 +220,5 @@ def test_captions_of_widgets_count_plainly():
     from dropclass.analysis.widgets import DropView, drop_caption
     from fastai.torch_core import TensorMask
     was,now = (DropView(TensorMask(torch.tensor(o)), None, None) for o in ([[0,0,1,2]], [[0,1,1,1]]))
-    assert drop_caption(was, now, 0, 'car')=='car: 2 pixels predicted with all of it, 1 now; 1 pixels changed between other classes'
+    text = 'car: 2 pixels predicted with all of it, 1 now; 1 pixels changed between other classes'
+    assert drop_caption(was, now, 0, 'car')==text

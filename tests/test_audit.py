@@ -48,8 +48,10 @@ def two(batches): return audit(net(), batches, HARBOUR, other=net(seed=1), label
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     "Two tiny runs on scenes."
-    folder,common = tmp_path_factory.mktemp('runs'),dict(data='scenes', arch='small', epochs=1, bs=4, size=(32,48), data_options=dict(n_train=8, n_valid=6))
-    for method in ('plain','dropclass'): train_run(Config(method=method, **common), folder/method, progress=False, write=lambda o: None)
+    folder,common = tmp_path_factory.mktemp('runs'),dict(data='scenes', arch='small', epochs=1, bs=4, size=(32,48),
+                                                         data_options=dict(n_train=8, n_valid=6))
+    for method in ('plain','dropclass'):
+        train_run(Config(method=method, **common), folder/method, progress=False, write=lambda o: None)
     return folder
 
 
@@ -85,13 +87,15 @@ def test_report_is_whole(which, request, tmp_path):
     assert not re.search(r'(https?:)?//(?!/)', inside) # Nothing is fetched
     assert tags.images and all(o['src'].startswith('data:image/') and o['alt'] for o in tags.images)
     assert len({o[1:] for o in tags.anchors if o[0]=='#'}&tags.ids)==8
-    assert 'nan' not in re.sub(r'data:image[^"]+', '', page).lower().replace('finance', '') and 'nan' not in text.lower()
+    words = re.sub(r'data:image[^"]+', '', page).lower().replace('finance', '')
+    assert 'nan' not in words and 'nan' not in text.lower()
     shown = ' '.join(tags.text)
     for o in figures['classes']:
         if not o['occurs']: continue
         for v in o['iou']: assert f'{v:.1f}' in shown and f'{v:.1f}' in text
     for o in figures['advice'][:3]: assert o['found'] in shown and o['found'] in text
-    for kind in {o['kind'] for o in figures['advice']}: assert next(o['try'] for o in figures['advice'] if o['kind']==kind) in shown
+    for kind in {o['kind'] for o in figures['advice']}:
+        assert next(o['try'] for o in figures['advice'] if o['kind']==kind) in shown
     widths = [row.count('|') for row in text.splitlines() if row.startswith('|')]
     assert len(widths)>20
     for file in re.findall(r'!\[\]\((.*?)\)', text): assert (tmp_path/file).is_file()
@@ -114,7 +118,8 @@ def test_figures_are_those_of_the_library(two, batches):
         c = HARBOUR.names.index(o['name'])
         assert o['images']==sum(int((y==c).flatten(1).any(1).sum()) for _,y in batches)
         for i,seed in enumerate((0, 1)):
-            if o['occurs']: assert o['iou'][i]==pytest.approx(100*float(class_iou(evaluate(net(seed=seed), batches, 6))[c]))
+            if o['occurs']:
+                assert o['iou'][i]==pytest.approx(100*float(class_iou(evaluate(net(seed=seed), batches, 6))[c]))
     means = {o['name']:o for o in figures['means']}
     assert means['mIoU']['iou']==[pytest.approx(o['miou']) for o in figures['networks']]
     assert means['rare mIoU']['iou']==[pytest.approx(o['rare_miou']) for o in figures['networks']]
@@ -139,10 +144,12 @@ def test_calibration(batches, tmp_path):
     models = dict(trained=train_harbour(bias=1.), random=net())
     from torchmetrics.functional.classification import multiclass_calibration_error
     x,y = (torch.cat(o) for o in zip(*batches))
-    page,text,data = read(audit(models['trained'], batches, HARBOUR, other=models['random'], labels=(*models,), progress=False), tmp_path)
+    page,text,data = read(audit(models['trained'], batches, HARBOUR, other=models['random'], labels=(*models,),
+                                progress=False), tmp_path)
     for o in json.loads(data)['networks']:
         error = 100*multiclass_calibration_error(models[o['label']](x), y, 6, n_bins=10, ignore_index=VOID).item()
-        assert o['calibration_error']==pytest.approx(error, abs=1e-3) and sum(s['pixels'] for s in o['calibration'])==pytest.approx(100)
+        assert o['calibration_error']==pytest.approx(error, abs=1e-3)
+        assert sum(s['pixels'] for s in o['calibration'])==pytest.approx(100)
         for report in (page, text): assert f"Expected calibration error of {o['label']}: {error:.1f} points" in report
 
 def test_wrong_masks_are_named_first(world, tmp_path):
@@ -154,10 +161,12 @@ def test_wrong_masks_are_named_first(world, tmp_path):
     page,text,plain = read(found, tmp_path)
     named = json.loads(plain)['doubtful']
     assert named[0]['image']=='image 11' and len(named)==5 and not {'image 0','image 1'}&{o['image'] for o in named}
-    assert re.search(r'look at first.*?\| image 11 \|', text, re.S) and re.search('look at first.*?image 11<', page, re.S)
+    assert re.search(r'look at first.*?\| image 11 \|', text, re.S) and re.search('look at first.*?image 11<', page,
+                                                                                  re.S)
 
 def test_same_audit_same_page(batches, tmp_path):
-    pages = [audit(net(), batches, HARBOUR, progress=False).report(tmp_path/f'{i}.html')[0].read_bytes() for i in range(2)]
+    pages = [audit(net(), batches, HARBOUR, progress=False).report(tmp_path/f'{i}.html')[0].read_bytes()
+             for i in range(2)]
     assert pages[0]==pages[1]
 
 def test_names_are_escaped(batches, tmp_path):
@@ -249,7 +258,8 @@ def test_advice_follows_its_rules(batches):
     found = class_advice(network, shares, rules)+pair_advice(network, rules)
     fall = 100*co.fall()
     said = {(o['class'], round(o['size'], 3)) for o in found if o['kind']=='fall'}
-    expected = {(HARBOUR.names[y], round(float(fall[x,y]), 3)) for x in range(6) for y in range(6) if fall[x,y]>=rules['fall']}
+    expected = {(HARBOUR.names[y], round(float(fall[x,y]), 3)) for x in range(6)
+                for y in range(6) if fall[x,y]>=rules['fall']}
     assert said==expected and said
     weak = {o['class'] for o in found if o['kind'] in ('weak','rare')}
     assert weak=={HARBOUR.names[c] for c in range(6) if co.occurs[c] and 100*network.iou[c]<RULES['weak']}
@@ -286,7 +296,9 @@ def test_run_folders(runs, tmp_path):
 
 def test_torch_dataloader_and_dict_output():
     class Dict(nn.Module):
-        def __init__(self): super().__init__(); self.net = ToyNet(4).eval()
+        def __init__(self):
+            super().__init__()
+            self.net = ToyNet(4).eval()
         def forward(self, x): return {'out':self.net(x)[...,::2,::2], 'aux':torch.zeros(())}
     x,y = toy_batch(6)
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=4)
@@ -313,9 +325,11 @@ def test_progress(batches):
 # ---- bad input
 
 def test_class_counts_differ(batches):
-    with pytest.raises(ValueError, match='scores 4 classes and the data have 6'): audit(ToyNet(4), batches, HARBOUR, progress=False)
+    with pytest.raises(ValueError, match='scores 4 classes and the data have 6'):
+        audit(ToyNet(4), batches, HARBOUR, progress=False)
     with pytest.raises(ValueError, match='target holds label'): audit(ToyNet(3), batches, 3, progress=False)
-    with pytest.raises(ValueError, match='different classes'): audit(toy_learner(), other=toy_learner(num_classes=3), progress=False)
+    with pytest.raises(ValueError, match='different classes'):
+        audit(toy_learner(), other=toy_learner(num_classes=3), progress=False)
     with pytest.raises(ValueError, match='pass `spec`'): audit(ToyNet(4), batches)
 
 def test_absent_class(one, tmp_path):
@@ -350,7 +364,8 @@ def test_two_classes():
 
 def test_all_void():
     x,y = toy_batch()
-    with pytest.raises(ValueError, match='No pixel has a class'): audit(ToyNet(4), [(x, torch.full_like(y, VOID))], 4, progress=False)
+    with pytest.raises(ValueError, match='No pixel has a class'):
+        audit(ToyNet(4), [(x, torch.full_like(y, VOID))], 4, progress=False)
 
 def test_images_of_several_sizes(tmp_path):
     data = [toy_batch(2, size=16), toy_batch(3, size=24), tuple(o[0] for o in toy_batch(1, size=32))]
@@ -359,7 +374,8 @@ def test_images_of_several_sizes(tmp_path):
     assert '16x16, 24x24, 32x32 pixels' in found.report(tmp_path/'a.md')[0].read_text()
     small,model = [(x, y[:,::2,::2]) for x,y in data[:2]],ToyNet(4)
     own = audit(model, small, 4, progress=False)
-    assert own.sizes==('16x16 (labels 8x8)','24x24 (labels 12x12)') and torch.equal(own.context.confusion, evaluate(model, small, 4))
+    assert own.sizes==('16x16 (labels 8x8)','24x24 (labels 12x12)') and torch.equal(own.context.confusion,
+                                                                                    evaluate(model, small, 4))
 
 def test_no_images():
     with pytest.raises(ValueError, match='`data` is empty'): audit(ToyNet(4), [], 4, progress=False)
@@ -387,11 +403,15 @@ def test_bad_run_folders(runs, tmp_path):
 
 def test_no_linear_classifier(batches, tmp_path):
     class Distances(nn.Module):
-        def __init__(self): super().__init__(); self.net,self.centres = nn.Conv2d(3, 8, 3, padding=1),nn.Parameter(torch.randn(6, 8))
+        def __init__(self):
+            super().__init__()
+            self.net,self.centres = nn.Conv2d(3, 8, 3, padding=1),nn.Parameter(torch.randn(6, 8))
         def forward(self, x): return -(self.net(x)[:,None]-self.centres[None,:,:,None,None]).pow(2).sum(2)
-    page,text,data = read(audit(Distances(), batches, HARBOUR, other=net(), labels=('odd','usual'), progress=False), tmp_path)
+    page,text,data = read(audit(Distances(), batches, HARBOUR, other=net(), labels=('odd','usual'), progress=False),
+                          tmp_path)
     odd,usual = json.loads(data)['networks']
-    assert odd['entanglement'] is None and 'No convolution with 6 outputs' in odd['no_entanglement'] and usual['entanglement']
+    assert (odd['entanglement'] is None and 'No convolution with 6 outputs' in odd['no_entanglement']
+            and usual['entanglement'])
     assert 'Left out. No convolution with 6 outputs' in page and 'Left out.' in text
     assert odd['context'] and odd['confusion']
 
@@ -406,11 +426,14 @@ def test_torchvision_from_its_weights_file(tmp_path):
     x,y = toy_batch(2, size=64)
     arch = 'torchvision:deeplabv3_mobilenet_v3_large'
     assert torch.equal(load_network(tmp_path/'deeplab.safetensors', arch, 4)(x)['out'], model(x)['out'])
-    assert torch.equal(load_network(tmp_path/'deeplab.safetensors', 'deeplabv3_mobilenetv3', 4)(x), model(x)['out']) # The same network under our name
+    # The same network under our name
+    assert torch.equal(load_network(tmp_path/'deeplab.safetensors', 'deeplabv3_mobilenetv3', 4)(x), model(x)['out'])
     found = audit(load_network(tmp_path/'deeplab.safetensors', arch, 4), [(x, y)], 4, progress=False)
     assert found.networks[0].about.startswith('DeepLabV3') and found.networks[0].entangled.weight.shape==(4,256)
-    with pytest.raises(ValueError, match=r"with 5 classes needs \(5,"): load_network(tmp_path/'deeplab.safetensors', arch, 5)
-    with pytest.raises(ValueError, match="does not fit 'small'"): load_network(tmp_path/'deeplab.safetensors', 'small', 4)
+    with pytest.raises(ValueError, match=r"with 5 classes needs \(5,"):
+        load_network(tmp_path/'deeplab.safetensors', arch, 5)
+    with pytest.raises(ValueError, match="does not fit 'small'"):
+        load_network(tmp_path/'deeplab.safetensors', 'small', 4)
 
 @pytest.mark.parametrize('prefix', ['','module.','_orig_mod.','model.'])
 def test_prefixes(prefix):
@@ -440,19 +463,24 @@ def test_images_of_a_folder_are_shown_as_the_run_was_trained(tmp_path):
     "A run on other images of the same kind: its own size, unless another is given."
     from dropclass.data.camvid import write_toy_camvid
     data = write_toy_camvid(tmp_path/'camvid')
-    run = train_run(Config(data='camvid', path=str(data), method='plain', arch='small', epochs=1, bs=2, size=(48,64)), tmp_path/'run', progress=False, write=lambda o: None)
-    own,other,given = (audit_files([run.folder], progress=False, **o) for o in ({}, {'data':data}, {'data':data, 'size':(96,128)}))
+    run = train_run(Config(data='camvid', path=str(data), method='plain', arch='small', epochs=1, bs=2, size=(48,64)),
+                    tmp_path/'run', progress=False, write=lambda o: None)
+    own,other,given = (audit_files([run.folder], progress=False, **o)
+                       for o in ({}, {'data':data}, {'data':data, 'size':(96,128)}))
     assert own.sizes==other.sizes and given.sizes!=own.sizes
     assert own.to_dict()['networks'][0]['miou']==other.to_dict()['networks'][0]['miou']
 
 def test_labels_at_the_size_of_their_files(tmp_path):
-    "A run that saw small images is measured as `evaluate` does with `full_size_dl`, and images are called by their files."
+    """A run that saw small images is measured as `evaluate` does with `full_size_dl`, and images are called by their
+    files."""
     from dropclass.data.camvid import write_toy_camvid
     from dropclass.data.core import full_size_dl
-    options = dict(data='camvid', path=str(write_toy_camvid(tmp_path/'camvid')), method='plain', arch='small', epochs=1, bs=2)
+    options = dict(data='camvid', path=str(write_toy_camvid(tmp_path/'camvid')), method='plain', arch='small', epochs=1,
+                   bs=2)
     run = train_run(Config(size=(24,32), **options), tmp_path/'run', progress=False, write=lambda o: None)
     found,dls = audit(load_run(run.folder), progress=False),run.load_data()
-    assert torch.equal(found.context.confusion, evaluate(run.load_model(), full_size_dl(dls.valid), 11, dls.spec.ignore_index))
+    assert torch.equal(found.context.confusion,
+                       evaluate(run.load_model(), full_size_dl(dls.valid), 11, dls.spec.ignore_index))
     labelled = sum(int((dls.valid.dataset.source.own_mask(i)!=dls.spec.ignore_index).sum()) for i in range(3))
     assert found.context.confusion.sum()==labelled and found.sizes==('24x32 (labels 48x64)',)
     assert {o['image'] for o in found.to_dict()['doubtful']}=={'000.png','001.png','002.png'}
@@ -463,14 +491,19 @@ def test_two_networks_are_compared_on_classes_that_occur():
     labels[:,8:] = 1
     class Fixed(ToyNet):
         "Says the labels, and perhaps one stray pixel of the last class."
-        def __init__(self, stray): super().__init__(3); self.stray = stray
+        def __init__(self, stray):
+            super().__init__(3)
+            self.stray = stray
         def forward(self, x):
             said = labels.clone()
             if self.stray: said[0,0,0] = 2
-            return 9*torch.nn.functional.one_hot(said, 3).movedim(-1, 1).float().repeat(len(x), 1, 1, 1)+0*super().forward(x).mean()
-    found = audit(Fixed(False), [(torch.rand(1, 3, 16, 16), labels)], ['road','car','boat'], other=Fixed(True), labels=('A','B'), progress=False)
+            return 9*torch.nn.functional.one_hot(said, 3).movedim(-1, 1).float().repeat(len(x), 1, 1,
+                                                                                        1)+0*super().forward(x).mean()
+    found = audit(Fixed(False), [(torch.rand(1, 3, 16, 16), labels)], ['road','car','boat'], other=Fixed(True),
+                  labels=('A','B'), progress=False)
     said = found.to_dict()
-    assert said['means'][0]['classes']==2 and abs(said['means'][0]['difference'])<1 and abs(said['networks'][1]['miou']-said['means'][0]['iou'][1])<1e-9
+    assert (said['means'][0]['classes']==2 and abs(said['means'][0]['difference'])<1
+            and abs(said['networks'][1]['miou']-said['means'][0]['iou'][1])<1e-9)
     assert 'B is 0.4 points of mIoU behind A' in ' '.join(said['summary'])
 
 def test_run_and_weights_side_by_side(runs):
@@ -484,8 +517,10 @@ def command(tmp_path_factory):
     "Run the command in a process of its own, as its console script does."
     script = tmp_path_factory.mktemp('bin')/'dropclass-audit.py'
     script.write_text("import sys\nfrom dropclass.run.cli import audit\nif __name__=='__main__': sys.exit(audit())\n")
-    env = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
-    return lambda *args: subprocess.run([sys.executable, str(script), *map(str, args)], capture_output=True, text=True, env=env)
+    env = {**os.environ, 'OMP_NUM_THREADS':'1',
+           'PYTHONPATH':os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
+    return lambda *args: subprocess.run([sys.executable, str(script), *map(str, args)], capture_output=True, text=True,
+                                        env=env)
 
 def test_command(command, runs, tmp_path):
     res = command(runs/'plain', '--max-images', 4, '--out', tmp_path/'a')
@@ -507,8 +542,12 @@ def test_page_fits_the_window(two, tmp_path, width):
     probe = """<iframe id=f style="width:%dpx;height:3000px;border:0"></iframe><script>
       const f = document.getElementById('f'); f.srcdoc = %s;
       f.onload = () => { const d = f.contentDocument, i = [...d.images];
-        document.title = [d.documentElement.scrollWidth, i.length, i.filter(o => o.complete && o.naturalWidth>0).length, d.querySelectorAll('table').length].join(' ') }</script>"""
-    (tmp_path/'probe.html').write_text('<!doctype html><title>?</title>'+probe % (width, json.dumps(page).replace('</', '<\\/')), encoding='utf-8')
-    res = subprocess.run([chromium, '--headless', '--no-sandbox', '--disable-gpu', '--virtual-time-budget=8000', f'--user-data-dir={tmp_path}/profile', '--dump-dom', f'file://{tmp_path}/probe.html'], capture_output=True, text=True, timeout=120)
+        const seen = i.filter(o => o.complete && o.naturalWidth>0).length, tables = d.querySelectorAll('table').length;
+        document.title = [d.documentElement.scrollWidth, i.length, seen, tables].join(' ') }</script>"""
+    (tmp_path/'probe.html').write_text('<!doctype html><title>?</title>'
+                                       +probe % (width, json.dumps(page).replace('</', '<\\/')), encoding='utf-8')
+    res = subprocess.run([chromium, '--headless', '--no-sandbox', '--disable-gpu', '--virtual-time-budget=8000',
+                          f'--user-data-dir={tmp_path}/profile', '--dump-dom', f'file://{tmp_path}/probe.html'],
+                          capture_output=True, text=True, timeout=120)
     scroll,images,decoded,tables = map(int, re.search(r'<title>(.*?)</title>', res.stdout)[1].split())
     assert scroll<=width and images==decoded>5 and tables>=6

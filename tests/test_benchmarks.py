@@ -13,7 +13,8 @@ def columns(path):
 @pytest.mark.slow
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_benchmark_runs(tmp_path, name):
-    subprocess.run([sys.executable, '-W', 'ignore', ROOT/'benchmarks'/'all.py', '--quick', '--only', name, '--folder', tmp_path], check=True, timeout=600)
+    subprocess.run([sys.executable, '-W', 'ignore', ROOT/'benchmarks'/'all.py', '--quick', '--only', name, '--folder',
+                    tmp_path], check=True, timeout=600)
     stored = ROOT/'results'/f'{name}.csv'
     assert columns(tmp_path/f'{name}.csv')==columns(stored)
 

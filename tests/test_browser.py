@@ -1,4 +1,5 @@
-"The widgets in a real JupyterLab in headless Chromium: a slider is dragged, a cell is clicked, and the pictures must change."
+"""The widgets in a real JupyterLab in headless Chromium: a slider is dragged, a cell is clicked, and the pictures must
+change."""
 import json
 import os
 import secrets
@@ -14,9 +15,13 @@ from urllib.request import urlopen
 import pytest
 
 root = Path(__file__).parents[1]
-browser = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'))), None)
+browser = next(filter(None,
+                      map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'))),
+                      None)
 driver = shutil.which('chromedriver')
-pytestmark = pytest.mark.skipif(not (browser and driver), reason="no Chromium and chromedriver on the PATH: `apt-get install chromium chromium-driver`, or run .ci/run as root")
+pytestmark = pytest.mark.skipif(not (browser and driver),
+                                reason="no Chromium and chromedriver on the PATH: `apt-get install chromium "
+                                       "chromium-driver`, or run .ci/run as root")
 patience = 90 # Seconds for anything to appear
 
 cells = ["""
@@ -24,7 +29,8 @@ from dropclass.analysis.context import HARBOUR, harbour, train_harbour
 from dropclass.analysis.widgets import colocation_explorer, drop_explorer, schedule_explorer
 habit,batches = train_harbour(steps=60),[harbour(6, seed=100)]
 print('the network', 'is ready')
-""", "drop_explorer(habit, batches, HARBOUR, start='boat')", "schedule_explorer(HARBOUR.names)", "colocation_explorer(habit, batches, HARBOUR)"]
+""", "drop_explorer(habit, batches, HARBOUR, start='boat')", "schedule_explorer(HARBOUR.names)",
+"colocation_explorer(habit, batches, HARBOUR)"]
 
 
 def wait(condition, what, seconds=patience):
@@ -47,17 +53,25 @@ def answers(url):
 def lab(tmp_path_factory):
     "Address of a JupyterLab on this machine, in a folder with one notebook; it knows no settings but its own."
     home,work,token = tmp_path_factory.mktemp('home'),tmp_path_factory.mktemp('work'),secrets.token_hex(16)
-    nb = dict(cells=[dict(cell_type='code', id=f'cell-{i}', metadata={}, source=o.strip(), outputs=[], execution_count=None) for i,o in enumerate(cells)],
-              metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5)
+    nb = dict(cells=[dict(cell_type='code', id=f'cell-{i}', metadata={}, source=o.strip(), outputs=[],
+                          execution_count=None) for i,o in enumerate(cells)],
+              metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4,
+              nbformat_minor=5)
     (work/'widgets.ipynb').write_text(json.dumps(nb))
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); port = s.getsockname()[1]
-    env = {**os.environ, 'HOME':str(home), 'PYTHONPATH':os.pathsep.join([str(root), os.environ['PYTHONPATH']]), 'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'IPYTHONDIR':str(home/'ipython'),
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, 'HOME':str(home), 'PYTHONPATH':os.pathsep.join([str(root), os.environ['PYTHONPATH']]),
+           'OMP_NUM_THREADS':'1', 'PYTHONWARNINGS':'ignore', 'IPYTHONDIR':str(home/'ipython'),
            **{f'JUPYTER_{o}_DIR':str(home/o.lower()) for o in ('CONFIG','DATA','RUNTIME')}}
     env.pop('MPLBACKEND', None)
-    flags = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={work}',
-             '--expose-app-in-browser', '--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate']
+    flags = ['--no-browser', '--allow-root', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0',
+             f'--IdentityProvider.token={token}', f'--ServerApp.root_dir={work}',
+             '--expose-app-in-browser',
+             '--LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate']
     with open(home/'log', 'w') as log:
-        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *flags], env=env, cwd=work, stdout=log, stderr=subprocess.STDOUT)
+        server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *flags], env=env, cwd=work, stdout=log,
+                                  stderr=subprocess.STDOUT)
     try:
         wait(lambda: answers(f'http://127.0.0.1:{port}/api?token={token}') or server.poll() is not None, 'JupyterLab')
         assert server.poll() is None, (home/'log').read_text()
@@ -74,13 +88,16 @@ def page(lab, tmp_path_factory):
     from selenium import webdriver
     options = webdriver.ChromeOptions()
     options.binary_location = browser
-    for o in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu', '--disable-background-networking', '--no-first-run', '--window-size=1300,2600',
-              f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"): options.add_argument(o)
+    for o in ('--headless=new', '--no-sandbox', '--disable-dev-shm-usage', '--disable-gpu',
+              '--disable-background-networking', '--no-first-run', '--window-size=1300,2600',
+              f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(o)
     page = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
     try:
         page.set_script_timeout(patience)
         page.get(lab)
-        ready = "const w = window.jupyterapp?.shell?.currentWidget; return !!w?.content?.widgets && w.sessionContext?.session?.kernel?.status==='idle'"
+        ready = ("const w = window.jupyterapp?.shell?.currentWidget; "
+                 "return !!w?.content?.widgets && w.sessionContext?.session?.kernel?.status==='idle'")
         wait(lambda: page.execute_script(ready), 'notebook with a kernel')
         page.execute_script("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         wait(lambda: 'the network is ready' in text(page, 0) or 'Error' in text(page, 0), 'output of the first cell')
@@ -103,14 +120,16 @@ def text(page, i):
 def pictures(page):
     "Every widget's picture that is on the screen, as its pixels in base64."
     return page.execute_script("""
-        return [...document.querySelectorAll('img.widget-image')].filter(o => o.complete && o.naturalWidth && o.offsetWidth).map(o => {
+        const seen = o => o.complete && o.naturalWidth && o.offsetWidth;
+        return [...document.querySelectorAll('img.widget-image')].filter(seen).map(o => {
             const c = document.createElement('canvas'); c.width = o.naturalWidth; c.height = o.naturalHeight;
             c.getContext('2d').drawImage(o, 0, 0); return c.toDataURL()})""")
 
 
 def picture_of(page, i):
     "The one picture of a cell, or None."
-    count = lambda j: len([o for o in cell(page, j).find_elements('css selector', 'img.widget-image') if o.is_displayed()])
+    count = lambda j: len([o for o in cell(page, j).find_elements('css selector', 'img.widget-image')
+                           if o.is_displayed()])
     found = pictures(page)
     at = sum(count(j) for j in range(i))
     return found[at] if count(i) and at<len(found) else None
@@ -124,7 +143,8 @@ def drag(page, handle, dx):
 
 
 def save(page, i, name):
-    "Keep a picture of a cell's widget, sliders and all, where somebody asked for it: those of the tutorial are made so."
+    """Keep a picture of a cell's widget, sliders and all, where somebody asked for it: those of the tutorial are made
+    so."""
     folder = os.environ.get('DROPCLASS_SCREENSHOTS')
     if not folder: return
     widget = cell(page, i).find_element('css selector', '.jp-Cell-outputArea .jupyter-widgets')
@@ -139,7 +159,8 @@ def test_drop_explorer_follows_its_slider(page):
     drag(page, handles[1], -400)
     wait(lambda: '; 0 pixels changed' in text(page, 1), 'sentence about nothing dropped')
     after = wait(lambda: (o := picture_of(page, 1)) and o!=before and o, 'new picture')
-    drag(page, handles[0], 60) # Another image
+    drag(page, handles[0], 80) # Another image
+    wait(lambda: 'boat: 0 pixels' not in text(page, 1), 'image in which the boat is found')
     other = wait(lambda: (o := picture_of(page, 1)) and o not in (before, after) and o, 'picture of another image')
     drag(page, handles[1], 400)
     wait(lambda: (o := picture_of(page, 1)) and o!=other, 'picture of the other image without the class')
@@ -170,5 +191,7 @@ def test_click_shows_the_images_behind_a_cell(page):
 
 def test_no_cell_failed(page):
     "Nothing on the page is an error, and no widget is missing."
-    assert not page.find_elements('css selector', '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]')
+    assert not page.find_elements('css selector',
+                                  '[data-mime-type="application/vnd.jupyter.error"], '
+                                  '[data-mime-type="application/vnd.jupyter.stderr"]')
     assert 'Error displaying widget' not in page.find_element('css selector', 'body').text

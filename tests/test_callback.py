@@ -1,4 +1,5 @@
-"DropClassCallback among fastai's own tools: savers, stoppers, loggers, predictions, export, U-Nets, networks that return dicts, and interrupted fits."
+"""DropClassCallback among fastai's own tools: savers, stoppers, loggers, predictions, export, U-Nets, networks that
+return dicts, and interrupted fits."""
 import copy
 import csv
 import sys
@@ -9,15 +10,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from fastai.vision.all import (Callback, CancelFitException, CrossEntropyLossFlat, CSVLogger, EarlyStoppingCallback, FetchPredsCallback, GradientClip, Learner,
-                               LossMetrics, OptimWrapper, Recorder, SaveModelCallback, SegmentationDataLoaders, get_image_files, load_learner, minimum, params, ranger, resnet18,
+from fastai.vision.all import (Callback, CancelFitException, CrossEntropyLossFlat, CSVLogger, EarlyStoppingCallback,
+                               FetchPredsCallback, GradientClip, Learner,
+                               LossMetrics, OptimWrapper, Recorder, SaveModelCallback, SegmentationDataLoaders,
+                               get_image_files, load_learner, minimum, params, ranger, resnet18,
                                unet_learner)
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dropclass.callback import PARTS, DropClassCallback
+from dropclass.callback import DropClassCallback
+from dropclass.history import PARTS
 from dropclass.core import VOID
 from dropclass.head import compensation_block
 from dropclass.surgery import add_dropclass, get_head, remove_dropclass
@@ -120,15 +124,20 @@ def test_early_stopping_on_our_columns(capsys, monitor):
 
 WEIGHT = torch.tensor([.5, 2., 1., 3.])
 
-@pytest.mark.parametrize('loss_func', [nn.CrossEntropyLoss(WEIGHT, ignore_index=VOID), CrossEntropyLossFlat(axis=1, ignore_index=VOID, weight=WEIGHT)],
+@pytest.mark.parametrize('loss_func',
+                         [nn.CrossEntropyLoss(WEIGHT, ignore_index=VOID),
+                          CrossEntropyLossFlat(axis=1, ignore_index=VOID, weight=WEIGHT)],
                          ids=['torch', 'fastai'])
 @pytest.mark.parametrize('masked_weights', [None, True])
 def test_class_weights_count_where_they_should(loss_func, masked_weights):
-    "The plain loss is the weighted mean over its pixels, the masked one too if asked to, worked out from what the step saw."
+    """The plain loss is the weighted mean over its pixels, the masked one too if asked to, worked out from what the
+    step saw."""
     class See(Callback):
         order = DropClassCallback.order-1 # Sees the drop logits before ours lets them go
         def after_loss(self):
-            if self.training: self.seen.append((self.pred.detach().clone(), self.learn.drop_class.now.logits[1].detach().clone(), self.yb[0].clone()))
+            if self.training:
+                self.seen.append((self.pred.detach().clone(), self.learn.drop_class.now.logits[1].detach().clone(),
+                                  self.yb[0].clone()))
     see = See()
     see.seen = []
     cb = DropClassCallback(lam=.3, drop_prob=1., alpha=2., masked_weights=masked_weights)
@@ -171,7 +180,8 @@ def test_get_preds_and_validate_leave_the_fit_alone(inside):
 
 
 def test_callback_added_to_a_learner_before_predictions():
-    "With `learn.add_cb`, predictions before the first fit neither need an optimizer nor change the model; the fit then trains the block."
+    """With `learn.add_cb`, predictions before the first fit neither need an optimizer nor change the model; the fit
+    then trains the block."""
     learn = toy_learner()
     want = learn.get_preds()[0]
     learn.add_cb(cb := DropClassCallback())
@@ -283,7 +293,8 @@ def folder(tmp_path_factory):
 
 
 def street_dls(folder, bs=4):
-    return SegmentationDataLoaders.from_label_func(folder, sorted(get_image_files(folder/'images')), label_func=MaskOf(folder), codes=CODES, bs=bs, num_workers=0, seed=0)
+    return SegmentationDataLoaders.from_label_func(folder, sorted(get_image_files(folder/'images')),
+                                                   label_func=MaskOf(folder), codes=CODES, bs=bs, num_workers=0, seed=0)
 
 
 class MaskOf:
@@ -294,7 +305,8 @@ class MaskOf:
 
 def street_learner(folder, model=None, **kwargs):
     torch.manual_seed(0)
-    learn = Learner(street_dls(folder), ToyNet() if model is None else model, CrossEntropyLossFlat(axis=1, ignore_index=VOID), lr=1e-2, **kwargs)
+    learn = Learner(street_dls(folder), ToyNet() if model is None else model,
+                    CrossEntropyLossFlat(axis=1, ignore_index=VOID), lr=1e-2, **kwargs)
     learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
     learn.logger = print
     return learn
@@ -344,14 +356,16 @@ def test_export_and_load_learner(folder, tmp_path, inside):
 
 def unet(folder, **kwargs):
     torch.manual_seed(0)
-    learn = unet_learner(street_dls(folder), resnet18, n_out=4, pretrained=False, loss_func=CrossEntropyLossFlat(axis=1, ignore_index=VOID), lr=1e-3, **kwargs)
+    learn = unet_learner(street_dls(folder), resnet18, n_out=4, pretrained=False,
+                         loss_func=CrossEntropyLossFlat(axis=1, ignore_index=VOID), lr=1e-3, **kwargs)
     learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
     learn.logger = lambda *args: None
     return learn
 
 
 def test_unet_head_comes_and_goes(folder):
-    "The classifier of fastai's U-Net is found; the plain path gives the same bits, random state and keys stay, and removing leaves no trace."
+    """The classifier of fastai's U-Net is found; the plain path gives the same bits, random state and keys stay, and
+    removing leaves no trace."""
     learn = unet(folder)
     x = learn.dls.one_batch()[0]
     keys,conv = list(learn.model.state_dict()),learn.model.layers[-2][0]
@@ -427,7 +441,8 @@ class Writer:
 
 def test_tensorboard_gets_the_columns(monkeypatch):
     "The parts of the loss reach `add_scalar`, once per epoch, with the Recorder's values."
-    for name in ('fastai.callback.tensorboard', 'tensorboard', 'torch.utils.tensorboard'): monkeypatch.delitem(sys.modules, name, raising=False)
+    for name in ('fastai.callback.tensorboard', 'tensorboard', 'torch.utils.tensorboard'):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, 'tensorboard', types.ModuleType('tensorboard'))
     fake = types.ModuleType('torch.utils.tensorboard')
     fake.SummaryWriter = Writer
@@ -450,7 +465,8 @@ def test_wandb_gets_the_columns(monkeypatch):
     monkeypatch.delitem(sys.modules, 'fastai.callback.wandb', raising=False)
     monkeypatch.setitem(sys.modules, 'wandb', wandb)
     from fastai.callback.wandb import WandbCallback
-    monkeypatch.setattr('fastai.callback.wandb._format_config', lambda o: o) # fastai 2.8.12's own fails on any number with fastcore 2.2
+    # fastai 2.8.12's own fails on any number with fastcore 2.2
+    monkeypatch.setattr('fastai.callback.wandb._format_config', lambda o: o)
     learn = toy_learner()
     learn.fit(2, cbs=[DropClassCallback(alpha=3.), WandbCallback(log_preds=False)])
     sys.modules.pop('fastai.callback.wandb')
@@ -493,12 +509,14 @@ def test_loss_metrics_show_the_path_that_predicts():
 
 # ---- kinds of fit
 
-def split(model): return [params(model.backbone), [p for n,p in model.named_parameters() if not n.startswith('backbone')]]
+def split(model): return [params(model.backbone),
+                          [p for n,p in model.named_parameters() if not n.startswith('backbone')]]
 
 
 @pytest.mark.parametrize('inside', [True, False])
 def test_lr_find_restores_everything(inside, tmp_path):
-    "After `lr_find` weights, random draws and columns are as before; the fit that follows is the one that would have been."
+    """After `lr_find` weights, random draws and columns are as before; the fit that follows is the one that would have
+    been."""
     cb = DropClassCallback()
     def run(find):
         learn = toy_learner(path=tmp_path, cbs=cb if inside else None)
@@ -570,11 +588,15 @@ def test_two_fits_give_two_histories():
 
 
 def test_lookahead_keeps_its_copies_in_place():
-    "An optimizer with a slow copy of each weight goes on when the block joins it in a later fit; at a rate of 0 nothing moves."
+    """An optimizer with a slow copy of each weight goes on when the block joins it in a later fit; at a rate of 0
+    nothing moves."""
     class Late(ToyNet):
         "A layer registered behind the classifier, so that the block's weights push it back."
-        def __init__(self): super().__init__(); self.late = nn.Conv2d(8, 8, 1, bias=False)
-        def forward(self, x): return F.interpolate(self.classifier(self.late(self.backbone(x))), size=x.shape[-2:], mode='bilinear')
+        def __init__(self):
+            super().__init__()
+            self.late = nn.Conv2d(8, 8, 1, bias=False)
+        def forward(self, x): return F.interpolate(self.classifier(self.late(self.backbone(x))), size=x.shape[-2:],
+                                                   mode='bilinear')
     learn = toy_learner(model=Late(), opt_func=ranger)
     learn.fit(2)
     late = learn.model.late.weight.detach().clone()
@@ -596,7 +618,9 @@ def test_tail_probe_does_not_warn():
 def test_inline_callbacks_get_the_prediction(event):
     "A function given as Callback(event=f) is heeded like a method of a class."
     seen = []
-    learn = toy_learner(cbs=[DropClassCallback(), Callback(**{event:lambda self: seen.append(self.pred.shape[-2:]) if self.training else None})])
+    learn = toy_learner(cbs=[DropClassCallback(),
+                             Callback(**{event:lambda self: seen.append(self.pred.shape[-2:]) if self.training
+                                         else None})])
     learn.fit(1)
     assert learn.drop_class.route.startswith('stacked') and set(seen)=={(16, 16)}
 
@@ -605,9 +629,12 @@ def test_two_classes_and_a_loss_without_pixels():
     "With two classes a loss that gives one value per class is refused before the first step, too."
     class PerClass:
         reduction = 'mean'
-        def __call__(self, logits, target): return (losses := logits.transpose(0, 1).flatten(1).mean(1)) if self.reduction=='none' else losses.mean()
+        def __call__(self, logits, target):
+            losses = logits.transpose(0, 1).flatten(1).mean(1)
+            return losses if self.reduction=='none' else losses.mean()
     cb = DropClassCallback(masked_weights=True)
-    with pytest.raises(ValueError, match='must give one value per pixel'): toy_learner(2, loss_func=PerClass()).fit(1, cbs=cb)
+    with pytest.raises(ValueError, match='must give one value per pixel'):
+        toy_learner(2, loss_func=PerClass()).fit(1, cbs=cb)
     assert not cb.rows
 
 
@@ -627,7 +654,8 @@ def test_gradient_clipping_sees_the_total():
     "The clipped norm is that of all gradients, the block's included."
     class Norm(Callback):
         order = GradientClip.order+1
-        def before_step(self): self.norms.append(torch.stack([p.grad.norm() for p in self.model.parameters()]).norm().item())
+        def before_step(self): self.norms.append(torch.stack([p.grad.norm()
+                                                              for p in self.model.parameters()]).norm().item())
     norm = Norm()
     norm.norms = []
     learn = toy_learner()
@@ -653,7 +681,9 @@ def test_last_batch_of_another_size():
     learn = toy_learner(cbs=DropClassCallback(predict='plain'))
     learn.dls.loaders[1] = learn.dls.valid.new(learn.dls.valid.dataset+list(zip(*toy_batch(1, seed=7, void=False))))
     seen = []
-    learn.fit(1, cbs=Callback(after_loss=lambda self: None if self.training else seen.append((len(self.pred), self.loss.item()))))
+    learn.fit(1,
+              cbs=Callback(after_loss=lambda self: None if self.training
+                           else seen.append((len(self.pred), self.loss.item()))))
     row = records(learn)[0]
     assert [n for n,_ in seen]==[4, 1]
     assert row['valid_plain_loss']==pytest.approx((4*seen[0][1]+seen[1][1])/5, rel=1e-5)
@@ -688,16 +718,19 @@ class Interrupt(Callback):
     def before_step(self): self.press() if self.when=='before_step' else None
 
 
-MOMENTS = [('before_batch', True, 6), ('after_pred', True, 4), ('before_step', True, 6), ('before_batch', False, 6), ('after_pred', False, 4)]
+MOMENTS = [('before_batch', True, 6), ('after_pred', True, 4), ('before_step', True, 6), ('before_batch', False, 6),
+           ('after_pred', False, 4)]
 
 @pytest.mark.parametrize('event,training,order', MOMENTS)
 @pytest.mark.parametrize('inside', [True, False])
 def test_keyboard_interrupt(event, training, order, inside):
-    "Ctrl-C in mid-epoch: predictions, the next fit, and a fit without the callback all work as on an untouched Learner."
+    """Ctrl-C in mid-epoch: predictions, the next fit, and a fit without the callback all work as on an untouched
+    Learner."""
     cb = DropClassCallback()
     learn = toy_learner(cbs=cb if inside else None)
     loss_func = learn.loss_func
-    with pytest.raises(KeyboardInterrupt): learn.fit(2, cbs=[Interrupt(event, training, order)]+([] if inside else [cb]))
+    with pytest.raises(KeyboardInterrupt):
+        learn.fit(2, cbs=[Interrupt(event, training, order)]+([] if inside else [cb]))
     x = torch.stack([x for x,_ in learn.dls.valid.dataset])
     same_bits(learn.get_preds()[0], learn.model.eval()(x), 1e-6)
     if not inside:

@@ -17,10 +17,13 @@ from safetensors.torch import load_file
 
 import dropclass.run.cli
 
-COMMANDS = ('train', 'compare', 'predict', 'demo', 'audit')
-SCRIPT = "import sys\nfrom dropclass.run.cli import {0}\nif __name__=='__main__': sys.exit({0}())\n" # What pip writes for a console script
+COMMANDS = ('train', 'compare', 'predict', 'demo', 'audit', 'tune')
+# What pip writes for a console script
+SCRIPT = "import sys\nfrom dropclass.run.cli import {0}\nif __name__=='__main__': sys.exit({0}())\n"
 TINY = ['--bs', '4', '--size', '32x48', '--threads', '1', '--data-options', 'n_train=8,n_valid=4']
-ENV = {**os.environ, 'OMP_NUM_THREADS':'1', 'PYTHONPATH':os.pathsep.join([str(Path(dropclass.run.cli.__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
+ENV = {**os.environ, 'OMP_NUM_THREADS':'1',
+       'PYTHONPATH':os.pathsep.join([str(Path(dropclass.run.cli.__file__).parents[1]),
+                                     os.environ.get('PYTHONPATH', '')])}
 
 
 @pytest.fixture(scope='module')
@@ -35,7 +38,8 @@ def scripts(tmp_path_factory):
 def start(scripts):
     "Start a command in a process of its own."
     def _start(name, *args, **kwargs):
-        return subprocess.Popen([sys.executable, str(scripts/f'dropclass-{name}.py'), *map(str, args)], env=ENV, text=True,
+        return subprocess.Popen([sys.executable, str(scripts/f'dropclass-{name}.py'), *map(str, args)], env=ENV,
+                                text=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, **kwargs)
     return _start
 
@@ -61,7 +65,8 @@ def finish(process, timeout=600):
 def runs(start, tmp_path_factory):
     "Two finished runs, trained side by side by the command."
     folder = tmp_path_factory.mktemp('runs')
-    jobs = {o: start('train', 'scenes', '--method', o, '--epochs', '2', '--out', folder/o, *TINY) for o in ('plain', 'dropclass')}
+    jobs = {o: start('train', 'scenes', '--method', o, '--epochs', '2', '--out', folder/o, *TINY)
+            for o in ('plain', 'dropclass')}
     results = {k: finish(p) for k,p in jobs.items()}
     for code,_,err in results.values(): assert code==0, err
     return folder, {k: out for k,(_,out,_) in results.items()}
@@ -80,7 +85,8 @@ def test_help_is_quick_and_complete(start, name):
 
 def test_console_scripts_are_declared():
     text = (Path(__file__).parents[1]/'settings.ini').read_text()
-    for o in COMMANDS: assert f'dropclass-{o} = dropclass.run.cli:{o}' in text and callable(getattr(dropclass.run.cli, o))
+    for o in COMMANDS:
+        assert f'dropclass-{o} = dropclass.run.cli:{o}' in text and callable(getattr(dropclass.run.cli, o))
 
 
 @pytest.mark.parametrize('local,said', [('0', True), ('1', False)])
@@ -98,7 +104,8 @@ def test_training_reports_epochs_and_classes(runs):
         table = lines[next(i for i,o in enumerate(lines) if o.startswith('class '))+2:]
         shares = [float(o.replace('†', '').split()[-2]) for o in table[:15]]
         assert shares==sorted(shares) and sum('†' in o for o in table[:15])==7
-        assert any(o.startswith('mIoU') for o in table) and any(o.startswith('rare mIoU') for o in table) and 'unbiased test set' in out
+        assert any(o.startswith('mIoU') for o in table) and any(o.startswith('rare mIoU')
+                                                                for o in table) and 'unbiased test set' in out
         assert str(folder/method/'examples.png') in out and Image.open(folder/method/'examples.png').size[0]>300
 
 
@@ -107,10 +114,12 @@ def test_compare_prints_and_saves(runs, start, command, tmp_path):
     code,out,err = finish(start('compare', 'plain', 'dropclass', '--test', 'unbiased', cwd=folder))
     assert code==0 and not err and 'dropclass is ' in out and max(map(len, out.split('\n\n')[1].splitlines()))<=80
     for path in ('plain', 'mean'):
-        code,out,_ = command('compare', folder/'plain', folder/'dropclass', '--path-of', path, '--save', tmp_path/f'{path}.csv')
+        code,out,_ = command('compare', folder/'plain', folder/'dropclass', '--path-of', path, '--save',
+                             tmp_path/f'{path}.csv')
         assert code==0 and f'({path} path)' in out and (tmp_path/f'{path}.csv').is_file()
     assert (tmp_path/'plain.csv').read_text()!=(tmp_path/'mean.csv').read_text()
-    assert command('compare', folder/'plain', '--save', tmp_path/'one.png')[0]==0 and Image.open(tmp_path/'one.png').format=='PNG'
+    assert command('compare', folder/'plain', '--save',
+                   tmp_path/'one.png')[0]==0 and Image.open(tmp_path/'one.png').format=='PNG'
     code,_,err = command('compare', folder/'plain', '--save', tmp_path/'one.png')
     assert code==2 and 'one.png exists: choose another name, or allow --overwrite' in err
     assert command('compare', folder/'plain', '--save', tmp_path/'one.png', '--overwrite')[0]==0
@@ -128,10 +137,27 @@ def test_class_names_do_not_steer_the_terminal(runs, command, tmp_path):
     assert code==2 and 'no' in err and '\x1b' not in err
 
 
+def test_no_name_steers_the_terminal(start, tmp_path):
+    "Names of classes and folders in the first line, in warnings, in the table and in an error."
+    from dropclass.data.core import write_toy_folder
+    write_toy_folder(tmp_path, 8, 3, (32,48))
+    (tmp_path/'classes.txt').write_text('a\nb\nc\n\x1b[2Jnever\n')
+    folder = ['folder', '--path', tmp_path, '--epochs', 1, '--bs', 4, '--threads', 1, '--out',
+              tmp_path/'run\x1b[31m\u202e']
+    code,out,err = finish(start('train', *folder))
+    assert code==0, err
+    assert r'into' in out and r'run\x1b[31m\u202e' in out.splitlines()[0] and r'\x1b[2Jnever' in out
+    assert err.startswith(r'Warning: No training pixel is labelled \x1b[2Jnever') and 'warnings.warn' not in err
+    assert not {'\x1b','\u202e'} & {*out, *err}
+    code,out,err = finish(start('train', *folder))
+    assert code==2 and len(err.splitlines())==1 and r'run\x1b[31m' in err and '\x1b' not in err
+
+
 def test_seeds_are_taken_together(command, tmp_path):
     for seed in (0, 1, 2):
         for method in ('plain', 'ignore_label'):
-            code,_,err = command('train', 'scenes', '--method', method, '--epochs', 1, '--seed', seed, '--out', tmp_path/f'{method}-{seed}', *TINY)
+            code,_,err = command('train', 'scenes', '--method', method, '--epochs', 1, '--seed', seed, '--out',
+                                 tmp_path/f'{method}-{seed}', *TINY)
             assert code==0, err
     folders = sorted(tmp_path.iterdir(), key=lambda o: o.name, reverse=True) # Plain first
     code,out,err = command('compare', *folders, '--save', tmp_path/'arms.csv')
@@ -141,7 +167,8 @@ def test_seeds_are_taken_together(command, tmp_path):
     row = next(o for o in table if o['arm']=='ignore_label' and o['class']=='mIoU')
     def read(run):
         cm = np.array(json.loads((run/'confusion.json').read_text())['valid']['plain'])
-        return 100*np.mean([cm[i,i]/(cm[i].sum()+cm[:,i].sum()-cm[i,i]) for i in range(len(cm)) if cm[i].sum()]) # Over classes that are in the test set
+        # Over classes that are in the test set
+        return 100*np.mean([cm[i,i]/(cm[i].sum()+cm[:,i].sum()-cm[i,i]) for i in range(len(cm)) if cm[i].sum()])
     steps = [read(tmp_path/f'ignore_label-{s}')-read(tmp_path/f'plain-{s}') for s in (0, 1, 2)]
     assert abs(row['difference']-np.mean(steps))<1e-9 and row['low']<row['difference']<row['high'] and row['pairs']==3
     code,out,_ = command('compare', *folders, '--by-run')
@@ -155,12 +182,15 @@ def test_recipes_are_printed_in_full_and_can_be_changed(start, command, tmp_path
     assert (code, err)==(0, '') and [o.split()[1] for o in out.splitlines() if o.startswith('Recipe')]==list(RECIPES)
     for o in fields(Config): assert out.count(f'\n{o.name} ')==len(RECIPES)
     assert '[512, 1024]' in out and '[0.5, 2.1]' in out and '968' in out
-    code,out,err = command('train', 'scenes', '--recipe', 'cityscapes_hrnet_v2', '--arch', 'small', '--weights', 'none', '--no-pretrained', '--num-workers', 0, '--epochs', 1, '--bs', 4,
-        '--size', '32x64', '--threads', 1, '--data-options', 'crop=(16,32),n_train=8,n_valid=4', '--no-suppression', '--no-sync-bn', '--out', tmp_path/'run')
+    code,out,err = command('train', 'scenes', '--recipe', 'cityscapes_hrnet_v2', '--arch', 'small', '--weights', 'none',
+                           '--no-pretrained', '--num-workers', 0, '--epochs', 1, '--bs', 4,
+        '--size', '32x64', '--threads', 1, '--data-options', 'crop=(16,32),n_train=8,n_valid=4', '--no-suppression',
+        '--no-sync-bn', '--out', tmp_path/'run')
     assert code==0 and out.startswith('Recipe cityscapes_hrnet_v2'), err
     config = json.loads((tmp_path/'run'/'config.json').read_text())
     assert config['lr']==.004 and config['data_options']['scale']==[.5,2.1] and config['data_options']['crop']==[16,32]
-    assert config['dropclass']=={'per_epoch':True, 'average':'kept', 'scale':'raw', 'predict':'drop', 'alpha':0., 'masked_weights':True} and config['sync_bn'] is False
+    assert config['dropclass']=={'per_epoch':True, 'average':'kept', 'scale':'raw', 'predict':'drop', 'alpha':0.,
+                                 'masked_weights':True} and config['sync_bn'] is False
     code,out,_ = command('train', '--resume', '--out', tmp_path/'run') # Finished: shown again
     assert code==0 and 'Recipe' not in out
 
@@ -172,10 +202,20 @@ def test_a_broken_pipe_is_no_error(runs, start):
     assert 'Traceback' not in err and 'Error' not in err
 
 
+def test_tune_takes_a_run_and_a_grid(runs, command, tmp_path):
+    shutil.copytree(runs[0]/'plain', tmp_path/'run')
+    code,out,err = command('tune', tmp_path/'run', '--on', 'valid', '--taus=-1,-0.5,0')
+    assert code==0 and 'Written' in out, err
+    found = json.loads((tmp_path/'run'/'tuning.json').read_text())
+    assert [o['tau'] for o in found['curve']]==[-1., -.5, 0.]
+
+
 def test_predict_writes_masks_of_the_images_size(runs, start, tmp_path):
     rng = np.random.default_rng(0)
-    for i,size in enumerate([(64,40), (51,33)]): Image.fromarray(rng.integers(256, size=(*size[::-1],3), dtype=np.uint8)).save(tmp_path/f'{i}.jpg')
-    code,out,err = finish(start('predict', runs[0]/'dropclass', tmp_path/'0.jpg', tmp_path/'1.jpg', '--out', tmp_path/'out'))
+    for i,size in enumerate([(64,40), (51,33)]):
+        Image.fromarray(rng.integers(256, size=(*size[::-1],3), dtype=np.uint8)).save(tmp_path/f'{i}.jpg')
+    code,out,err = finish(start('predict', runs[0]/'dropclass', tmp_path/'0.jpg', tmp_path/'1.jpg', '--out',
+                                tmp_path/'out'))
     assert code==0, err
     assert '2 images labelled' in out
     for i,size in enumerate([(64,40), (51,33)]):
@@ -206,29 +246,38 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('train', ['scenes', '--weights', 'medain'], "did you mean 'median'"),
     ('train', ['scenes', '--arch', 'smal', '--out', 'NEW', *TINY], "did you mean 'small'"),
     ('train', ['scenes', '--dropclass', 'alfa=3', '--out', 'NEW', *TINY], "did you mean 'alpha'"),
-    ('train', ['scenes', '--dropclass', 'per_epoch=maybe', '--out', 'NEW'], "`per_epoch` must be yes or no, got 'maybe'"),
-    ('train', ['scenes', '--data-options', 'augment=often', '--out', 'NEW'], "`augment` must be yes or no, got 'often'"),
-    ('train', ['scenes', '--data-options', 'valid_bs=2.5', '--out', 'NEW'], "`valid_bs` must be a whole number or none, got '2.5'"),
-    ('train', ['scenes', '--loss', 'focal', '--loss-options', 'gamma=high', '--out', 'NEW'], "`gamma` must be a number, got 'high'"),
-    ('train', ['scenes', '--out', 'NEW', *TINY[:-1], 'n_train=8,n_valid=4,n=3'], 'Training gets 3 images, less than a batch of 4'),
-    ('train', ['scenes', '--method', 'no_drop', '--dropclass', 'drop_prob=.5', '--out', 'NEW'], '`drop_prob` would be ignored'),
+    ('train', ['scenes', '--dropclass', 'per_epoch=maybe', '--out', 'NEW'],
+     "`per_epoch` must be yes or no, got 'maybe'"),
+    ('train', ['scenes', '--data-options', 'augment=often', '--out', 'NEW'],
+     "`augment` must be yes or no, got 'often'"),
+    ('train', ['scenes', '--data-options', 'valid_bs=2.5', '--out', 'NEW'],
+     "`valid_bs` must be a whole number or none, got '2.5'"),
+    ('train', ['scenes', '--loss', 'focal', '--loss-options', 'gamma=high', '--out', 'NEW'],
+     "`gamma` must be a number, got 'high'"),
+    ('train', ['scenes', '--out', 'NEW', *TINY[:-1], 'n_train=8,n_valid=4,n=3'],
+     'Training gets 3 images, less than a batch of 4'),
+    ('train', ['scenes', '--method', 'no_drop', '--dropclass', 'drop_prob=.5', '--out', 'NEW'],
+     '`drop_prob` would be ignored'),
     ('train', ['scenes', '--method', 'no_drop', '--dropclass', 'alpha=5', '--out', 'NEW'], 'alpha would be ignored'),
     ('train', ['scenes', '--temperature', '.1', '--out', 'NEW'], '`--temperature` is for `--sampling rare_class`'),
     ('train', ['scenes', '--path', 'here', '--out', 'NEW'], 'scenes are generated'),
     ('train', ['scenes', '--pretrained', '--out', 'NEW', *TINY], 'leave out `--pretrained` and `--weights-file`'),
-    ('train', ['camvid', '--path', 'NOWHERE', '--arch', 'timm:resnet19', '--out', 'NEW'], 'resnet19'), # Before the data are looked for
+    # Before the data are looked for
+    ('train', ['camvid', '--path', 'NOWHERE', '--arch', 'timm:resnet19', '--out', 'NEW'], 'resnet19'),
     ('train', ['scenes', '--seed', str(2**64), '--out', 'NEW'], '`--seed` must be at most'),
     ('train', ['scenes', '--threads', '100000', '--out', 'NEW'], '`--threads` must be at most 1024'),
     ('train', ['scenes', '--epochs', '0'], '`--epochs` must be more than 0'),
     ('train', ['scenes', '--loss', 'foca', '--out', 'NEW'], "did you mean 'focal'"),
-    ('train', ['scenes', '--loss', 'focal', '--loss-options', 'gama=2', '--out', 'NEW', *TINY], "must be one of 'gamma', 'alpha', got 'gama'"),
+    ('train', ['scenes', '--loss', 'focal', '--loss-options', 'gama=2', '--out', 'NEW', *TINY],
+     "must be one of 'gamma', 'alpha', got 'gama'"),
     ('train', ['scenes', '--weights', 'hrnet', '--out', 'NEW', *TINY], 'published for the 19 classes of Cityscapes'),
     ('train', ['scenes', '--resample', 'car', '--out', 'NEW'], "'motorcycle=2' say"),
     ('train', ['scenes', '--resample', 'cars=2', '--out', 'NEW', *TINY], "did you mean 'car'"),
     ('train', ['scenes', '--resample', 'car=2', '--sampling', 'rare_class', '--out', 'NEW'], 'use one of the two'),
     ('train', ['scenes', '--no-suppression', '--dropclass', 'alpha=5', '--out', 'NEW'], 'leave out one of them'),
     ('train', ['scenes', '--method', 'plain', '--no-suppression', '--out', 'NEW', *TINY], "has no options, got alpha"),
-    ('train', ['--recipe', 'cityscapes_hrnet', '--out', 'NEW'], "'cityscapes_hrnet_v1', 'cityscapes_hrnet_v2', 'cityscapes_deeplabv3'"),
+    ('train', ['--recipe', 'cityscapes_hrnet', '--out', 'NEW'],
+     "'cityscapes_hrnet_v1', 'cityscapes_hrnet_v2', 'cityscapes_deeplabv3'"),
     ('train', ['camvid', '--path', 'NOWHERE', '--out', 'NEW'], 'NOWHERE'),
     ('train', ['folder', '--path', 'NOWHERE', '--out', 'NEW'], 'There is no folder NOWHERE'),
     ('train', ['scenes', '--out', 'RUNS/plain', *TINY], 'holds another run'),
@@ -241,7 +290,13 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('compare', ['RUNS/plain', 'RUNS/dropclass', '--save', 'table.xls'], "'.csv'"),
     ('predict', ['RUNS/plain', 'NOWHERE.png', '--out', 'NEW'], 'NOWHERE.png'),
     ('predict', ['RUNS/plain', 'RUNS/plain/config.json', '--out', 'NEW'], 'Cannot read'),
-    ('predict', ['RUNS/plain', 'RUNS/plain/examples.png', '--out', 'NEW', '--path-of', 'drop'], "`--path-of` must be one of 'plain'"),
+    ('predict', ['RUNS/plain', 'RUNS/plain/examples.png', '--out', 'NEW', '--path-of', 'drop'],
+     "`--path-of` must be one of 'plain'"),
+    ('train', ['scenes', '--dropclass', 'alpha=1,alpha=2', '--out', 'NEW'], "gives 'alpha' twice"),
+    ('tune', ['RUNS/plain', '--weights', '1,2'], '`--weights` is for --model'),
+    ('tune', ['RUNS/plain', '--taus', '0,x'], "numbers with commas between, '0.5,1,2' say, got '0,x'"),
+    ('tune', ['--model', 'w.pth', '--arch', 'small', '--data', 'x', '--out', 'RUNS/plain/config.json'], 'is a file'),
+    ('demo', ['--n-test', '-1', '--out', 'NEW'], 'at least 1 scene'),
     ('demo', ['--size', 'big'], "got 'big'"),
 ])
 def test_errors_are_one_line_and_exit_code_2(runs, command, tmp_path, monkeypatch, name, args, says):
@@ -262,17 +317,21 @@ def _script(name):
 
 
 def test_a_diverged_run_is_an_error(command, tmp_path):
-    "The learning rate is far too large from the second epoch on: the first one is kept, and nothing says that the run is finished."
+    """The learning rate is far too large from the second epoch on: the first one is kept, and nothing says that the run
+    is finished."""
     wild = ['--schedule', 'onecycle', '--lr', '1e30', '--epochs', '40']
     code,out,err = command('train', 'scenes', '--method', 'plain', *wild, '--out', tmp_path/'run', *TINY)
-    assert code==1 and err.startswith('Error: Training diverged in epoch') and 'learning rate' in err and len(err.splitlines())==1, err
+    assert code==1 and err.startswith('Error: Training diverged in epoch') and 'learning rate' in err and len(
+        err.splitlines())==1, (
+        err)
     assert not (tmp_path/'run'/'metrics.json').exists() and not (tmp_path/'run'/'weights.safetensors').exists()
     code,_,err = command('train', 'scenes', '--method', 'plain', '--lr', 'inf', '--out', tmp_path/'new', *TINY)
     assert code==2 and '`--lr` must be a finite number' in err
 
 
 def test_no_means_no(command, tmp_path):
-    "An option that is switched off by whatever word trains what False trains, to the last digit, and True something else."
+    """An option that is switched off by whatever word trains what False trains, to the last digit, and True something
+    else."""
     base = ['train', 'scenes', *TINY[:-2], '--epochs', '3', '--schedule', 'constant']
     def loss(name, *args, data='n_train=16,n_valid=4'):
         code,_,err = command(*base, *args, '--data-options', data, '--out', tmp_path/name)
@@ -293,9 +352,11 @@ def test_options_of_the_data_can_be_listed(start):
     code,out,err = finish(start('train', 'folder', '--list-options'))
     assert code==0, err
     data = out.split('--paste')[0]
-    shown = {o.split('=')[0].strip(): o.split('=', 1)[1].split('  [')[0] for o in data.splitlines()[1:] if o.startswith('  ') and o[2]!=' '}
+    shown = {o.split('=')[0].strip(): o.split('=', 1)[1].split('  [')[0]
+             for o in data.splitlines()[1:] if o.startswith('  ') and o[2]!=' '}
     named = {o for f in (folder_dls, make_dls) for o in inspect.signature(f).parameters}
-    assert set(shown)<=named and {'masks', 'names', 'valid', 'label_map', 'crop', 'scale', 'flip', 'augment', 'valid_bs', 'fit'}<=set(shown)
+    assert set(shown)<=named and {'masks', 'names', 'valid', 'label_map', 'crop', 'scale', 'flip', 'augment',
+                                  'valid_bs', 'fit'}<=set(shown)
     for k,v in shown.items(): typed_options(dict(data='folder', data_options=f'{k}={v}'), {})
     assert 'crop=192x256  [several values or none; default none]' in out and 'needed' in out
 
@@ -322,10 +383,12 @@ def wait_for(test, job, seconds=600):
 
 
 def test_killed_and_interrupted_runs_go_on_bit_for_bit(start, tmp_path):
-    "Ctrl-C in the second epoch, SIGKILL in the middle of a later one, and the same weights as the run that was left alone."
+    """Ctrl-C in the second epoch, SIGKILL in the middle of a later one, and the same weights as the run that was left
+    alone."""
     args = ['--epochs', '5', '--bs', '4', '--size', '32x48', '--threads', '1', '--data-options', 'n_train=80,n_valid=4']
     whole = start('train', 'scenes', *args, '--out', tmp_path/'whole')
-    rows = lambda: len((tmp_path/'cut'/'history.csv').read_text().splitlines())-1 if (tmp_path/'cut'/'history.csv').is_file() else 0
+    rows = lambda: len((tmp_path/'cut'/'history.csv').read_text().splitlines())-1 if (
+        tmp_path/'cut'/'history.csv').is_file() else 0
 
     job = start('train', 'scenes', *args, '--out', tmp_path/'cut')
     wait_for(lambda: (tmp_path/'cut'/'checkpoint.pt').is_file(), job)
@@ -353,21 +416,28 @@ def test_killed_and_interrupted_runs_go_on_bit_for_bit(start, tmp_path):
 
 
 def test_demo_compares_in_both_worlds(start, tmp_path):
-    code,out,err = finish(start('demo', '--epochs', '2', '--n-train', '8', '--n-test', '4', '--size', '32x48', '--out', tmp_path/'demo'))
+    code,out,err = finish(start('demo', '--epochs', '2', '--n-train', '8', '--n-test', '4', '--size', '32x48', '--out',
+                                tmp_path/'demo'))
     assert code==0, err
     assert 'In the biased world' in out and 'In the unbiased world' in out and 'This is one seed' in out
     assert any(o in out for o in ('is ahead of plain training', 'is behind plain training', 'no clear gain or loss'))
-    for o in ('biased.png', 'unbiased.png', 'plain/metrics.json', 'dropclass/metrics.json', 'fade_weights/metrics.json', 'class_paste/metrics.json'): assert (tmp_path/'demo'/o).is_file()
-    configs = [json.loads((tmp_path/'demo'/o/'config.json').read_text()) for o in ('plain', 'dropclass', 'fade_weights', 'class_paste')]
-    for o in configs[1:]: assert all(configs[0][k]==o[k] for k in o if k not in ('method', 'weights', 'dropclass', 'paste', 'hash'))
-    assert [(o['method'], o['weights']) for o in configs]==[('plain', 'none'), ('dropclass', 'none'), ('fade_weights', 'median'), ('plain', 'median')]
+    for o in ('biased.png', 'unbiased.png', 'plain/metrics.json', 'dropclass/metrics.json', 'fade_weights/metrics.json',
+              'class_paste/metrics.json'):
+        assert (tmp_path/'demo'/o).is_file()
+    configs = [json.loads((tmp_path/'demo'/o/'config.json').read_text())
+               for o in ('plain', 'dropclass', 'fade_weights', 'class_paste')]
+    for o in configs[1:]:
+        assert all(configs[0][k]==o[k] for k in o if k not in ('method', 'weights', 'dropclass', 'paste', 'hash'))
+    assert [(o['method'], o['weights']) for o in configs]==[('plain', 'none'), ('dropclass', 'none'),
+                                                            ('fade_weights', 'median'), ('plain', 'median')]
 
 
 def test_demo_stops_both_when_one_fails(monkeypatch, tmp_path, command):
     started = []
     def fake(config, out):
         code = "raise SystemExit('No space left')" if config['method']=='plain' else "import time; time.sleep(60)"
-        with open(out.with_suffix('.log'), 'w') as log: started.append(subprocess.Popen([sys.executable, '-c', code], stderr=log))
+        with open(out.with_suffix('.log'), 'w') as log:
+            started.append(subprocess.Popen([sys.executable, '-c', code], stderr=log))
         return started[-1]
     monkeypatch.setattr('dropclass.run.demo._start', fake)
     code,_,err = command('demo', '--out', tmp_path/'demo')

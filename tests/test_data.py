@@ -17,7 +17,8 @@ from PIL import Image
 from dropclass.data import camvid as data_camvid
 from dropclass.core import VOID, ClassSpec
 from dropclass.data.camvid import camvid_dls, camvid_items, write_toy_camvid
-from dropclass.data.core import (BatchTransform, SegmentationItems, crop_coords, crop_images, crop_masks, make_dls, pair_files, read_image,
+from dropclass.data.core import (BatchTransform, SegmentationItems, crop_coords, crop_images, crop_masks, make_dls,
+                                 pair_files, read_image,
                                  read_mask, write_toy_folder)
 from dropclass.data.folder import folder_dls
 from dropclass.stats import class_stats, median_frequency_weights
@@ -55,9 +56,11 @@ def test_saved_states_continue_bit_equal(items, num_workers):
     assert not same(first, second)
     resumed = loaders(items, num_workers) # A new object, as after a restart
     torch.manual_seed(99)
-    torch.set_rng_state(torch_state); resumed.train.rng.setstate(order_state)
+    torch.set_rng_state(torch_state)
+    resumed.train.rng.setstate(order_state)
     assert same(epoch(resumed), second)
-    torch.manual_seed(99); resumed.train.rng.setstate(order_state)
+    torch.manual_seed(99)
+    resumed.train.rng.setstate(order_state)
     assert not same(epoch(resumed), second) # Without the generator it is another epoch
 
 
@@ -65,7 +68,8 @@ def test_workers_change_nothing(items):
     epochs = []
     for num_workers in (0,2):
         dls = loaders(items, num_workers)
-        torch.manual_seed(3); dls.train.rng.seed(3)
+        torch.manual_seed(3)
+        dls.train.rng.seed(3)
         epochs.append(epoch(dls))
     assert same(*epochs)
 
@@ -139,7 +143,8 @@ def test_void_is_255_from_file_to_batch(tmp_path, kind):
 
 def test_no_path_asks_fastai(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(data_camvid, 'untar_data', lambda url: asked.append(url) or write_toy_camvid(tmp_path/str(len(asked)), 'fastai'))
+    monkeypatch.setattr(data_camvid, 'untar_data',
+                        lambda url: asked.append(url) or write_toy_camvid(tmp_path/str(len(asked)), 'fastai'))
     assert len(camvid_items()[0])==6
     assert len(camvid_items(tiny=True)[0])==6
     assert asked==[URLs.CAMVID, URLs.CAMVID_TINY]
@@ -160,7 +165,8 @@ def test_learner_end_to_end_and_in_another_process(items, tmp_path):
     learn.fit(6)
     image = items.pairs[0][0]
     labels,index,probs = learn.predict(image)
-    assert index.shape==(24,32) and set(index.unique().tolist())<={0,1,2} and torch.equal(labels.as_subclass(torch.Tensor), index)
+    assert index.shape==(24,32) and set(index.unique().tolist())<={0,1,2}
+    assert torch.equal(labels.as_subclass(torch.Tensor), index)
     seen = items[0][1]!=VOID
     assert (index[seen]==items[0][1][seen]).float().mean()>.8
     preds,targets = learn.get_preds()
@@ -173,9 +179,11 @@ def test_learner_end_to_end_and_in_another_process(items, tmp_path):
         learn.remove_cbs([o for o in learn.cbs if o.name=='progress'])
         torch.save(learn.predict({str(image)!r})[2].as_subclass(torch.Tensor), {str(tmp_path/'probs.pt')!r})
         assert learn.dls.vocab==['ground','wall','sky'] and learn.dls.c==3"""
-    subprocess.run([sys.executable, '-c', code], check=True, cwd=Path(__file__).parent.parent, env=os.environ|{'PYTHONPATH': os.pathsep.join(
-        filter(None, [str(Path(__file__).parent.parent), os.environ.get('PYTHONPATH')]))})
-    assert torch.allclose(torch.load(tmp_path/'probs.pt', weights_only=True), probs.as_subclass(torch.Tensor), atol=1e-6)
+    root = Path(__file__).parent.parent
+    env = os.environ|{'PYTHONPATH': os.pathsep.join(filter(None, [str(root), os.environ.get('PYTHONPATH')]))}
+    subprocess.run([sys.executable, '-c', code], check=True, cwd=root, env=env)
+    saved = torch.load(tmp_path/'probs.pt', weights_only=True)
+    assert torch.allclose(saved, probs.as_subclass(torch.Tensor), atol=1e-6)
 
 
 def test_learner_sees_plain_targets(items):
@@ -239,7 +247,8 @@ def test_same_windows_on_the_gpu(items):
     batches = []
     for device in ('cpu','cuda'):
         dls = make_dls(items, items, SPEC, bs=3, crop=(16,24), device=device)
-        torch.manual_seed(3); dls.train.rng.seed(3)
+        torch.manual_seed(3)
+        dls.train.rng.seed(3)
         batches.append([o.cpu() for o in dls.one_batch()])
     assert torch.allclose(*[o[0] for o in batches], atol=1e-2)
     assert (batches[0][1]!=batches[1][1]).float().mean()<.01

@@ -27,7 +27,8 @@ NAMES = ['ground','wall','sky']
 
 @pytest.mark.parametrize('bits', [10, 12, 16])
 def test_brightness_does_not_depend_on_the_image(tmp_path, bits):
-    "Two images of one camera, one four times as dark: so are their bytes, and no grey level is lost that eight bits can hold."
+    """Two images of one camera, one four times as dark: so are their bytes, and no grey level is lost that eight bits
+    can hold."""
     light = np.linspace(0, 2**bits-1, 4096).reshape(64,64).astype(np.uint16)
     for name,o in (('light',light), ('dark',light//4)): Image.fromarray(o).save(tmp_path/f'{name}.png')
     with warnings.catch_warnings():
@@ -39,7 +40,8 @@ def test_brightness_does_not_depend_on_the_image(tmp_path, bits):
 def test_twelve_bits_in_sixteen_are_pointed_out(tmp_path):
     Image.fromarray(np.full((4,4), 4000, np.uint16)).save(tmp_path/'a.png')
     with pytest.warns(UserWarning, match='use bits=12'): assert read_image(tmp_path/'a.png').max()==15
-    with pytest.raises(ValueError, match='a.png holds values 4000..4000, more than 11 bits'): read_image(tmp_path/'a.png', bits=11)
+    with pytest.raises(ValueError, match='a.png holds values 4000..4000, more than 11 bits'):
+        read_image(tmp_path/'a.png', bits=11)
 
 
 def test_a_fourth_band_is_data():
@@ -115,7 +117,8 @@ def perfect():
 
 
 def stripes_of(folder, size, n=3, seed=0):
-    "Images of broad stripes, upright or lying, each class in one grey. (Logits are enlarged linearly, which rounds the corners of squares.)"
+    """Images of broad stripes, upright or lying, each class in one grey. (Logits are enlarged linearly, which rounds
+    the corners of squares.)"""
     rng = np.random.default_rng(seed)
     for o in ('images','masks'): (folder/o).mkdir(parents=True, exist_ok=True)
     pairs = []
@@ -142,7 +145,8 @@ def test_a_perfect_network_is_perfect_on_a_canvas(tmp_path):
     items = FittedItems(pairs, ClassSpec(NAMES), (24,24))
     dl = full_size_dl(make_dls(items, items, items.spec, bs=2, device='cpu').valid)
     counts = evaluate(perfect(), dl, 3)
-    assert class_iou(counts).min()>.998 and counts.sum()==6*48*96 # The last pixels of a picture mix with the canvas beside it
+    # The last pixels of a picture mix with the canvas beside it
+    assert class_iou(counts).min()>.998 and counts.sum()==6*48*96
 
 
 def test_every_data_set_gives_labels_at_their_own_size(tmp_path):
@@ -180,26 +184,30 @@ def rare(tmp_path):
         mask = np.array(Image.open(masks/f'{i:03}.png'))
         mask[4:16,4:16] = 3
         Image.fromarray(mask).save(masks/f'{i:03}.png')
-    return folder_dls(images, masks, [*NAMES,'boat'], bs=4, crop=(20,24), scale=(1,1), device='cpu', dl_type=RareClassDL, temperature=.02)
+    return folder_dls(images, masks, [*NAMES,'boat'], bs=4, crop=(20,24), scale=(1,1), device='cpu',
+                      dl_type=RareClassDL, temperature=.02)
 
 
 def aimed_epoch(dls, workers):
     dl = dls.train
     dl.fake_l.num_workers = workers
-    torch.manual_seed(5); dl.rng.seed(5)
+    torch.manual_seed(5)
+    dl.rng.seed(5)
     return [tuple(o.clone() for o in b) for b in dl]
 
 
 def share_seen(dl):
     "How many of the windows of eight epochs show the class that was drawn."
     seen = []
-    torch.manual_seed(5); dl.rng.seed(5)
+    torch.manual_seed(5)
+    dl.rng.seed(5)
     for _ in range(8):
         drawn,real = [],dl.get_idxs
         dl.get_idxs = lambda: drawn.extend(real()) or drawn
         labels = torch.cat([y for _,y in dl]).as_subclass(torch.Tensor)
         dl.get_idxs = real
-        seen += [(y==i//len(dl.dataset)).any().item() for y,i in zip(labels, drawn)] # The last, incomplete batch is left out
+        # The last, incomplete batch is left out
+        seen += [(y==i//len(dl.dataset)).any().item() for y,i in zip(labels, drawn)]
     return np.mean(seen)
 
 

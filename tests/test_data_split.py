@@ -21,12 +21,14 @@ NAMES = ['ground','wall','sky']
 def data_set(root, layout):
     "A folder of images and masks with one of the usual ways to say which validate, and the names that do."
     if layout=='folders':
-        for part,n in (('train',5), ('val',3)): write_toy_folder(root, n, seed=n, folders=(f'images/{part}',f'masks/{part}'))
+        for part,n in (('train',5), ('val',3)):
+            write_toy_folder(root, n, seed=n, folders=(f'images/{part}',f'masks/{part}'))
         held = {f'val/{i:03}' for i in range(3)}
     else:
         write_toy_folder(root, 8)
         held = {'002','005','006'}
-        lists = dict(valid={'valid.txt':held}, val={'val.txt':held}, both={'train.txt':{f'{i:03}' for i in range(8)}-held, 'test.txt':held},
+        lists = dict(valid={'valid.txt':held}, val={'val.txt':held},
+                     both={'train.txt':{f'{i:03}' for i in range(8)}-held, 'test.txt':held},
                      inside={'images/valid.txt':held})[layout]
         for name,stems in lists.items(): (root/name).write_text('\n'.join(sorted(stems)))
     (root/'classes.txt').write_text('\n'.join(NAMES))
@@ -54,9 +56,11 @@ def test_a_share_that_is_asked_for_is_drawn(tmp_path):
 def test_lists_that_contradict_are_refused(tmp_path):
     root,held = data_set(tmp_path, 'valid')
     (root/'train.txt').write_text('000\n002\n')
-    with pytest.raises(ValueError, match='train.txt and valid.txt: 1 images train and validate, .*002.png'): folder_items(root/'images', root/'masks', NAMES)
+    with pytest.raises(ValueError, match='train.txt and valid.txt: 1 images train and validate, .*002.png'):
+        folder_items(root/'images', root/'masks', NAMES)
     (root/'train.txt').write_text('000\n100\n')
-    with pytest.raises(ValueError, match='train.txt names 1 images that are not there: 100'): folder_items(root/'images', root/'masks', NAMES)
+    with pytest.raises(ValueError, match='train.txt names 1 images that are not there: 100'):
+        folder_items(root/'images', root/'masks', NAMES)
 
 
 def test_an_image_called_train_is_no_folder(tmp_path):
@@ -77,7 +81,8 @@ def sides(held, out):
 
 @pytest.mark.parametrize('units,classes,rare', [(40,3,.08), (60,12,.05), (25,30,.15), (200,40,.012)])
 def test_no_class_is_lost_where_it_can_be_helped(units, classes, rare):
-    "Over many draws: never worse than the draw, as large as it, itself where nothing was missing, and most losses mended."
+    """Over many draws: never worse than the draw, as large as it, itself where nothing was missing, and most losses
+    mended."""
     rng = np.random.default_rng(0)
     helped,lost = [],[]
     for seed in range(40):
@@ -103,13 +108,17 @@ def test_tiles_stay_together_whatever_the_seed():
 
 
 def test_one_picture_of_tiles_cannot_be_divided():
-    with pytest.raises(ValueError, match='none is left to train on'): split_pairs([(Path(f'a_{i}.png'), Path()) for i in range(5)], .2, group='(.)_')
+    with pytest.raises(ValueError, match='none is left to train on'):
+        split_pairs([(Path(f'a_{i}.png'), Path()) for i in range(5)], .2, group='(.)_')
 
 
 @pytest.mark.parametrize('names,hint', [
-    (['austin1_0_0','austin1_0_512','kyiv2_0_0','kyiv2_0_512'], True), (['a-r01-c01','a-r01-c02','b-r01-c01','b-r02-c01'], True),
-    (['s1_patch12','s1_patch13','s2_patch1','s2_patch2'], True), (['2007_000032','2007_000033','2008_000001','2008_000002'], False),
-    (['10_10_s','10_11_s','11_1_s','11_2_s'], False), (['aachen_000000_000019_leftImg8bit','ulm_000001_000019_leftImg8bit'], False), (['DSC0001','DSC0002'], False)])
+    (['austin1_0_0','austin1_0_512','kyiv2_0_0','kyiv2_0_512'], True),
+    (['a-r01-c01','a-r01-c02','b-r01-c01','b-r02-c01'], True),
+    (['s1_patch12','s1_patch13','s2_patch1','s2_patch2'], True),
+    (['2007_000032','2007_000033','2008_000001','2008_000002'], False),
+    (['10_10_s','10_11_s','11_1_s','11_2_s'], False),
+    (['aachen_000000_000019_leftImg8bit','ulm_000001_000019_leftImg8bit'], False), (['DSC0001','DSC0002'], False)])
 def test_hints_at_tiles(names, hint): assert bool(tile_hint([f'{o}.png' for o in names]))==hint
 
 
@@ -132,7 +141,8 @@ def test_masks_on_disk_are_checked_before_training(tmp_path, which):
     mask = pair_files(images, masks)[0 if which=='train' else 5][1]
     (tmp_path/'valid.txt').write_text('005\n006\n')
     Image.new('L', (64,48), 9).save(mask)
-    with pytest.raises(ValueError, match=f'{mask.name} holds label 9'): folder_dls(images, masks, NAMES, bs=2, cache=False)
+    with pytest.raises(ValueError, match=f'{mask.name} holds label 9'):
+        folder_dls(images, masks, NAMES, bs=2, cache=False)
 
 
 def test_masks_are_counted_once(tmp_path, monkeypatch):
@@ -154,4 +164,5 @@ def test_good_draws_are_those_of_before(tmp_path):
     pairs = pair_files(images, masks)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        for seed in range(10): assert folder_items(images, masks, NAMES, seed=seed)[1].pairs==split_pairs(pairs, .2, seed)[1]
+        for seed in range(10):
+            assert folder_items(images, masks, NAMES, seed=seed)[1].pairs==split_pairs(pairs, .2, seed)[1]

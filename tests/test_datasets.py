@@ -1,4 +1,5 @@
-"Cityscapes, Pascal VOC and ADE20K beyond what their notebooks show: torchvision's readers on the same files, worker processes, memory, training, and a real copy where there is one."
+"""Cityscapes, Pascal VOC and ADE20K beyond what their notebooks show: torchvision's readers on the same files, worker
+processes, memory, training, and a real copy where there is one."""
 import os
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from dropclass.data import core as data_core
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID
 from dropclass.data.ade20k import ADE20K, ade20k_dls, ade20k_items, ade20k_pairs, write_toy_ade20k
-from dropclass.data.cityscapes import CITYSCAPES, cityscapes_dls, cityscapes_items, cityscapes_pairs, write_toy_cityscapes
+from dropclass.data.cityscapes import (CITYSCAPES, cityscapes_dls, cityscapes_items, cityscapes_pairs,
+                                       write_toy_cityscapes)
 from dropclass.data.core import FittedItems, read_image, workers_for
 from dropclass.stats import class_stats
 from dropclass.data.voc import TRAINAUG, VOC, VocItems, voc_dls, voc_items, voc_pairs, write_toy_voc
@@ -24,7 +26,8 @@ from dropclass.testing import ToyNet
 def copies(tmp_path_factory):
     "One small copy of each data set."
     root = tmp_path_factory.mktemp('copies')
-    return dict(cityscapes=write_toy_cityscapes(root/'c'), voc=write_toy_voc(root/'v'), ade20k=write_toy_ade20k(root/'a'))
+    return dict(cityscapes=write_toy_cityscapes(root/'c'), voc=write_toy_voc(root/'v'),
+                ade20k=write_toy_ade20k(root/'a'))
 
 
 def loaders(copies, name, **kwargs):
@@ -42,7 +45,9 @@ def test_cityscapes_is_what_torchvision_reads(copies, kind):
     "Its table of ids, applied pixel by pixel to what it reads, gives our labels; and the images are the same."
     theirs = Cityscapes(copies['cityscapes'], split='train', mode=kind, target_type='semantic')
     pairs = cityscapes_pairs(copies['cityscapes'], coarse=kind=='coarse')
-    items = cityscapes_items(copies['cityscapes'])[0] if kind=='fine' else data_core.SegmentationItems(pairs, CITYSCAPES, label_map=cityscapes_items(copies['cityscapes'])[0].label_map)
+    items = (cityscapes_items(copies['cityscapes'])[0] if kind=='fine'
+             else data_core.SegmentationItems(pairs, CITYSCAPES,
+                                              label_map=cityscapes_items(copies['cityscapes'])[0].label_map))
     train_id = {o.id:o.train_id for o in Cityscapes.classes}
     ours = {o[0].name:items[i] for i,o in enumerate(pairs)}
     assert len(theirs)==len(items)
@@ -61,7 +66,8 @@ def test_voc_is_what_torchvision_reads(copies):
         h,w = mask.height,mask.width
         assert torch.equal(y[:h,:w].long(), torch.from_numpy(np.array(mask)).long())
         assert torch.equal(x[:,:h,:w], read_image(image))
-        assert (y[h:]==VOID).all() and (y[:,w:]==VOID).all() and (y[:h,:w]==VOID).any(), "the rim and the canvas are void"
+        assert (y[h:]==VOID).all() and (y[:,w:]==VOID).all() and (y[:h,
+                                                                    :w]==VOID).any(), "the rim and the canvas are void"
 
 
 def test_sbd_is_what_torchvision_reads(copies):
@@ -138,7 +144,8 @@ def test_full_cityscapes_stays_on_disk(copies, monkeypatch):
 def test_memory_disk_and_processes_agree(copies, name):
     def epoch(**kwargs):
         dls = loaders(copies, name, augment=False, **kwargs)
-        return sorted((tuple(x.flatten()[:50].tolist()),tuple(y.flatten().tolist())) for b in (*dls.valid, *dls.train) for x,y in zip(*b))
+        return sorted((tuple(x.flatten()[:50].tolist()),tuple(y.flatten().tolist())) for b in (*dls.valid, *dls.train)
+                      for x,y in zip(*b))
     first = epoch(cache=True)
     assert first==epoch(cache=False, num_workers=0)==epoch(cache=False, num_workers=2)
 

@@ -1,4 +1,5 @@
-"Several processes: the parameters, the counts and the folder of one. All of them talk over the loopback, through gloo, on the CPU."
+"""Several processes: the parameters, the counts and the folder of one. All of them talk over the loopback, through
+gloo, on the CPU."""
 import multiprocessing as mp
 import os
 import re
@@ -39,7 +40,8 @@ from dropclass.metrics import evaluate, segmentation_metrics
 from dropclass.ranks import is_first, joined, num_ranks, pixel_shares, shared_weights
 from dropclass.testing import ToyNet, toy_batch
 
-TINY = Config(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=20, n_valid=5), threads=1) # 10 images on each of 2 ranks, two steps an epoch
+# 10 images on each of 2 ranks, two steps an epoch
+TINY = Config(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=20, n_valid=5), threads=1)
 STEPS,JOINED = 5,8 # Steps; images in the joined batch
 
 
@@ -53,7 +55,9 @@ def free_port():
 
 def rank_main(job, rank, world, port, folder):
     "What one process does: join the others, do the job, keep what it found."
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), GLOO_SOCKET_IFNAME='lo', OMP_NUM_THREADS='1', MKL_NUM_THREADS='1') # accelerate would set 2
+    # accelerate would set 2
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=str(port), GLOO_SOCKET_IFNAME='lo', OMP_NUM_THREADS='1', MKL_NUM_THREADS='1')
     torch.set_num_threads(1)
     with joined(): torch.save(job(Path(folder)), Path(folder)/f'{rank}.pt')
 
@@ -62,9 +66,11 @@ def on_ranks(job, world, folder, timeout=100):
     "Run a job in several processes; what each of them found."
     folder.mkdir(exist_ok=True)
     context = mp.get_context('forkserver') # One server imports fastai, once, and forks before any thread is started
-    context.set_forkserver_preload(['dropclass.run.distributed', 'dropclass.run.experiment', 'dropclass.data.scenes', 'dropclass.testing'])
+    context.set_forkserver_preload(['dropclass.run.distributed', 'dropclass.run.experiment', 'dropclass.data.scenes',
+                                    'dropclass.testing'])
     port = free_port()
-    jobs = [context.Process(target=rank_main, args=(job, r, world, port, str(folder)), daemon=True) for r in range(world)]
+    jobs = [context.Process(target=rank_main, args=(job, r, world, port, str(folder)), daemon=True)
+            for r in range(world)]
     for p in jobs: p.start()
     for p in jobs: p.join(timeout)
     for p in jobs:
@@ -94,9 +100,14 @@ def images(n, seed=0):
     return list(zip(x.double(), y))
 
 
-VARIANTS = {'fused':dict(), 'stacked':dict(fused=False), 'lam 0':dict(lam=0., drop_prob=0.), 'lam 1':dict(lam=1.), 'lam 0, stacked':dict(lam=0., drop_prob=0., fused=False),
-            'lam 1, stacked':dict(lam=1., fused=False), 'one path a step':dict(paths='sample'), 'a class that is present':dict(draw='present'), 'all pixels':dict(normalize='all'),
-            'weights in Eq. (6)':dict(masked_weights=True), 'weights in Eq. (6), stacked':dict(masked_weights=True, fused=False), 'weights that fade':None, 'weights that fade, a rank of void':None, 'plain':None, 'plain, a rank of void':None, 'a rank of void':dict(), "fastai's context":dict(), "fastai's context, weights that fade":None}
+VARIANTS = {'fused':dict(), 'stacked':dict(fused=False), 'lam 0':dict(lam=0., drop_prob=0.), 'lam 1':dict(lam=1.),
+            'lam 0, stacked':dict(lam=0., drop_prob=0., fused=False),
+            'lam 1, stacked':dict(lam=1., fused=False), 'one path a step':dict(paths='sample'),
+            'a class that is present':dict(draw='present'), 'all pixels':dict(normalize='all'),
+            'weights in Eq. (6)':dict(masked_weights=True),
+            'weights in Eq. (6), stacked':dict(masked_weights=True, fused=False), 'weights that fade':None,
+            'weights that fade, a rank of void':None, 'plain':None, 'plain, a rank of void':None,
+            'a rank of void':dict(), "fastai's context":dict(), "fastai's context, weights that fade":None}
 
 
 def drop_class(options):
@@ -117,19 +128,23 @@ def five_steps(variant, ranks=1):
     items,each = images(STEPS*JOINED),JOINED//max(ranks, num_ranks())
     if 'a rank of void' in variant:
         for _,y in items[:each]: y.fill_(VOID) # All that the first rank sees in the first step
-    if num_ranks()==1: items = [items[r*STEPS*each+t*each+i] for t in range(STEPS) for r in range(ranks) for i in range(each)]
+    if num_ranks()==1:
+        items = [items[r*STEPS*each+t*each+i] for t in range(STEPS) for r in range(ranks) for i in range(each)]
     bs = JOINED//num_ranks()
     dls = DataLoaders(DataLoader(items, bs=bs, drop_last=True), DataLoader(items[:5], bs=2))
     torch.manual_seed(0)
     model = ToyNet().double()
     options = VARIANTS[variant]
-    cbs = [FrozenNorms(), *([FadeWeightsCallback()] if 'fade' in variant else []), *([] if options is None else [drop_class({'drop_prob':1., **options})])]
+    cbs = [FrozenNorms(), *([FadeWeightsCallback()] if 'fade' in variant else []),
+           *([] if options is None else [drop_class({'drop_prob':1., **options})])]
     loss = nn.CrossEntropyLoss(weight=torch.tensor([.5, 1., 2., 3.]).double(), ignore_index=VOID)
-    learn = Learner(dls, model, loss, lr=.05, opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)), cbs=cbs)
+    learn = Learner(dls, model, loss, lr=.05, opt_func=partial(OptimWrapper, opt=partial(torch.optim.SGD, momentum=.9)),
+                    cbs=cbs)
     learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
     learn.logger = lambda *args: None
     with training_context(variant, learn): learn.fit(1)
-    found = dict(model=model.state_dict(), loss=float(learn.recorder.values[-1][0]), columns=list(learn.recorder.values[-1][2:]))
+    found = dict(model=model.state_dict(), loss=float(learn.recorder.values[-1][0]),
+                 columns=list(learn.recorder.values[-1][2:]))
     if options is not None: found['dropped'] = list(learn.drop_class.history.dropped_class)
     return found
 
@@ -175,7 +190,8 @@ def test_five_steps_equal_those_of_one_process_on_the_joined_batch(trained, vari
         assert abs(rank[variant]['loss']-one['loss'])<1e-5 # What is logged is the joined batch's too
         assert rank[variant]['columns'][:3]==pytest.approx(one['columns'][:3], abs=1e-5, nan_ok=True)
     if VARIANTS[variant] is not None:
-        assert len({tuple(o[variant]['dropped']) for o in [*found, {variant:one}]})==1 # The same classes, on all ranks and on one
+        # The same classes, on all ranks and on one
+        assert len({tuple(o[variant]['dropped']) for o in [*found, {variant:one}]})==1
         if 'lam 0' not in variant: assert None not in one['dropped'] and len(one['dropped'])==STEPS
     assert any((v-start[k]).abs().max()>1e-3 for k,v in one['model'].items() if k in start)
 
@@ -226,7 +242,8 @@ LENGTHS = [(n, bs, drop) for n in (1, 5, 8, 19) for bs in (1, 2, 4) for drop in 
 
 
 def count_images(folder):
-    "Confusion matrices of several data sets, by `evaluate` and by the metrics of a fit, and how many batches each rank really had."
+    """Confusion matrices of several data sets, by `evaluate` and by the metrics of a fit, and how many batches each
+    rank really had."""
     torch.manual_seed(0)
     model = ToyNet()
     counts,batches = {},{}
@@ -235,7 +252,8 @@ def count_images(folder):
         valid = DataLoader(list(zip(*data)), bs=2)
         counts[n] = evaluate(model, split_dl(valid), 4)
         train = DataLoader(list(zip(*toy_batch(8))), bs=2, drop_last=True)
-        learn = Learner(DataLoaders(train, valid), model, nn.CrossEntropyLoss(ignore_index=VOID), lr=0., metrics=segmentation_metrics(4))
+        learn = Learner(DataLoaders(train, valid), model, nn.CrossEntropyLoss(ignore_index=VOID), lr=0.,
+                        metrics=segmentation_metrics(4))
         learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
         learn.logger = lambda *args: None
         with over_ranks(learn): learn.fit(1, cbs=[FrozenNorms()])
@@ -278,7 +296,9 @@ def runs(folder):
     except RuntimeError: pass
     torch.rand(3) # The world goes on between the two halves
     train(TINY, mine(folder/'cut'), resume=True)
-    if is_first(): (folder/'occupied'/'run 0').mkdir(); (folder/'occupied'/'run 0'/'a').write_text('b')
+    if is_first():
+        (folder/'occupied'/'run 0').mkdir()
+        (folder/'occupied'/'run 0'/'a').write_text('b')
     try: train(TINY, mine(folder/'occupied'))
     except FileExistsError as e: found['refused'] = str(e)
     return found
@@ -310,7 +330,8 @@ def test_run_of_two_ranks_resumes_bit_for_bit(folders):
 def test_resuming_with_another_number_of_processes_is_refused(folders):
     folder,_ = folders
     (folder/'cut'/'run 0'/'metrics.json').unlink()
-    with pytest.raises(ValueError, match='by 2 processes, now there are 1'): train_run(TINY, folder/'cut'/'run 0', resume=True, progress=False)
+    with pytest.raises(ValueError, match='by 2 processes, now there are 1'):
+        train_run(TINY, folder/'cut'/'run 0', resume=True, progress=False)
 
 
 def test_run_counts_what_its_weights_predict(folders):
@@ -332,9 +353,11 @@ LAUNCHERS = {'torchrun':['torch.distributed.run', '--standalone', '--local-addr'
 def test_launchers_start_dropclass_train(tmp_path, launcher):
     out,(module,*options) = tmp_path/'run',LAUNCHERS[launcher]
     if launcher=='accelerate': options += ['--main_process_port', str(free_port())]
-    command = ['dropclass.run.cli', 'scenes', '--epochs', '2', '--bs', '4', '--size', '32x48', '--data-options', 'n_train=20,n_valid=5', '--threads', '1', '--out', str(out)]
+    command = ['dropclass.run.cli', 'scenes', '--epochs', '2', '--bs', '4', '--size', '32x48', '--data-options',
+               'n_train=20,n_valid=5', '--threads', '1', '--out', str(out)]
     env = {**os.environ, 'OMP_NUM_THREADS':'1', 'GLOO_SOCKET_IFNAME':'lo'}
-    res = subprocess.run([sys.executable, '-m', module, *options, '-m', *command], env=env, text=True, capture_output=True, timeout=120)
+    res = subprocess.run([sys.executable, '-m', module, *options, '-m', *command], env=env, text=True,
+                         capture_output=True, timeout=120)
     assert res.returncode==0, res.stderr
     assert len(re.findall('^Training dropclass on scenes.*2 processes', res.stdout, re.M))==1
     assert len(re.findall(r'^epoch +\d/2', res.stdout, re.M))==2

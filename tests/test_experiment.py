@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from dropclass.core import writing
 from dropclass.run.config import Config, config_hash, read_config
-from dropclass.run.experiment import RunRecorder, hold_folder, load_checkpoint, load_run, make_data, open_folder, random_states, set_random_states, train_run
+from dropclass.run.experiment import (RunRecorder, hold_folder, load_checkpoint, load_run, make_data, open_folder,
+                                      random_states, set_random_states, train_run)
 from fastai.callback.core import Callback
 
 TINY = Config(epochs=3, size=(32,48), bs=4, data_options=dict(n_train=8, n_valid=4), threads=1)
@@ -39,13 +40,22 @@ def weights(folder): return load_file(folder/'weights.safetensors')
 def same(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize('change', [dict(num_workers=2), dict(method='plain', optimizer='adamw', schedule='onecycle'), dict(weights='median', dropclass=dict(lam='hold:0.5')),
-                                    dict(resample={'car':2}, num_workers=2, loss='ohem'), dict(method='ignore_label', sampling='rare_class', temperature=.05), dict(method='fade_weights', weights='median'), dict(loss='dice_ce', sampling='rare_class')])
+@pytest.mark.parametrize('change',
+                         [dict(num_workers=2), dict(method='plain', optimizer='adamw', schedule='onecycle'),
+                          dict(weights='median', dropclass=dict(lam='hold:0.5')),
+                                    dict(resample={'car':2}, num_workers=2, loss='ohem'),
+                                    dict(method='ignore_label', sampling='rare_class', temperature=.05),
+                                    dict(method='fade_weights', weights='median'),
+                                    dict(loss='dice_ce', sampling='rare_class')])
 def test_resumed_run_equals_the_uninterrupted_one(tmp_path, change):
     config = replace(TINY, **change)
     train_run(config, tmp_path/'whole', progress=False, write=lambda o: None)
-    with pytest.raises(KeyboardInterrupt): train_run(config, tmp_path/'cut', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
-    for _ in range(3): random.random(); np.random.rand(); torch.rand(1) # The world goes on between the two halves
+    with pytest.raises(KeyboardInterrupt):
+        train_run(config, tmp_path/'cut', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
+    for _ in range(3):
+        random.random()
+        np.random.rand()
+        torch.rand(1) # The world goes on between the two halves
     train_run(config, tmp_path/'cut', resume=True, progress=False, write=lambda o: None)
     assert same(weights(tmp_path/'whole'), weights(tmp_path/'cut'))
     assert (tmp_path/'whole'/'confusion.json').read_text()==(tmp_path/'cut'/'confusion.json').read_text()
@@ -69,25 +79,31 @@ def test_the_best_epoch_is_kept_also_over_an_interruption(tmp_path):
     assert whole.history.miou.idxmax()<2 and not same(last, weights(tmp_path/'whole'))
     assert whole.metrics['tests']['valid']['plain']['miou']==pytest.approx(whole.history.miou.max(), abs=1e-6)
     (cut.folder/'weights.safetensors').unlink()
-    with pytest.warns(UserWarning, match='come from checkpoint.pt'): assert same(cut.weights(), weights(tmp_path/'whole'))
+    with pytest.warns(UserWarning, match='come from checkpoint.pt'):
+        assert same(cut.weights(), weights(tmp_path/'whole'))
 
 
 def test_a_batch_of_one_behind_image_pooling_is_refused_before_the_first_step(tmp_path):
     config = replace(TINY, arch='deeplabv3_mobilenetv3', method='plain', bs=1)
-    with pytest.raises(ValueError, match='use `bs=2` or more'): train_run(config, tmp_path/'one', progress=False, write=lambda o: None)
+    with pytest.raises(ValueError, match='use `bs=2` or more'):
+        train_run(config, tmp_path/'one', progress=False, write=lambda o: None)
     assert not (tmp_path/'one').exists()
 
 
 def test_resuming_over_a_changed_default_says_what_changed(tmp_path):
     "Weights in Eq. (6) were the default once; such a run has the same fields, and another hash."
     config = replace(TINY, weights='median')
-    with pytest.raises(KeyboardInterrupt): train_run(replace(config, dropclass={'masked_weights':True}), tmp_path/'run', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
+    with pytest.raises(KeyboardInterrupt):
+        train_run(replace(config, dropclass={'masked_weights':True}), tmp_path/'run', progress=False,
+                  write=lambda o: None, cbs=[PowerCut(2)])
     written = json.loads((tmp_path/'run'/'config.json').read_text())
     (tmp_path/'run'/'config.json').write_text(json.dumps({**written, 'dropclass':{}})) # As it was written then
     old = tmp_path/'run'/'checkpoint.pt'
     torch.save({k:v for k,v in load_checkpoint(old).items() if k!='config'}, old)
-    with pytest.raises(ValueError, match='a default has changed since.*masked_weights=True'): train_run(config, tmp_path/'run', resume=True, progress=False, write=lambda o: None)
-    train_run(replace(config, dropclass={'masked_weights':True}), tmp_path/'run', resume=True, progress=False, write=lambda o: None)
+    with pytest.raises(ValueError, match='a default has changed since.*masked_weights=True'):
+        train_run(config, tmp_path/'run', resume=True, progress=False, write=lambda o: None)
+    train_run(replace(config, dropclass={'masked_weights':True}), tmp_path/'run', resume=True, progress=False,
+              write=lambda o: None)
 
 
 @pytest.mark.parametrize('left_out', ['python', 'torch', 'loaders'])
@@ -107,7 +123,8 @@ def test_every_random_state_is_needed(left_out):
 
 
 def test_another_seed_is_another_run(tmp_path):
-    a,b = (train_run(replace(TINY, epochs=1, seed=s), tmp_path/str(s), progress=False, write=lambda o: None).folder for s in (0, 1))
+    a,b = (train_run(replace(TINY, epochs=1, seed=s), tmp_path/str(s), progress=False, write=lambda o: None).folder
+           for s in (0, 1))
     assert not same(weights(a), weights(b))
 
 
@@ -116,7 +133,10 @@ def test_arms_of_one_seed_share_weights_and_data_order(tmp_path):
     class Watch(Callback):
         "Keeps the first weights and all images."
         order = 4
-        def before_fit(self): self.learn.first = {k:v.clone() for k,v in self.learn.model.state_dict().items() if 'classifier' not in k and 'compensation' not in k and 'drop_trained' not in k}
+        def before_fit(self): self.learn.first = {k:v.clone()
+                                                  for k,v in self.learn.model.state_dict().items()
+                                                  if 'classifier' not in k
+                                                  and 'compensation' not in k and 'drop_trained' not in k}
         def before_batch(self):
             if self.training: seen.setdefault(self.learn.first_key, []).append(self.xb[0].sum().item())
     firsts = []
@@ -126,7 +146,8 @@ def test_arms_of_one_seed_share_weights_and_data_order(tmp_path):
             order = 3
             def before_fit(self): self.learn.first_key = method
             def after_fit(self): firsts.append(self.learn.first)
-        train_run(replace(TINY, method=method), tmp_path/method, progress=False, write=lambda o: None, cbs=[Watch(), Tell()])
+        train_run(replace(TINY, method=method), tmp_path/method, progress=False, write=lambda o: None,
+                  cbs=[Watch(), Tell()])
     assert seen['plain']==seen['dropclass']==seen['no_drop']
     assert same(firsts[0], firsts[1]) and same(firsts[0], firsts[2])
 
@@ -148,7 +169,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(tmp_path):
         try: train_run(config, sys.argv[1], progress=False, cbs=[Fill()])
         except Exception as e: print(type(e).__name__, e)
     ''')
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/'run')], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/'run')], capture_output=True,
+                          text=True, timeout=120)
     assert 'disk is not full' in done.stdout, done.stdout+done.stderr
     assert not list((tmp_path/'run').glob('.*.part'))
     run = train_run(TINY, tmp_path/'run', resume=True, progress=False, write=lambda o: None)
@@ -170,7 +192,8 @@ def test_a_run_folder_from_a_stranger_writes_nowhere_else(tmp_path):
     "Archives keep symbolic links: under every name that a run writes to, one leads to a file of mine."
     precious = tmp_path/'precious'
     precious.write_text('mine')
-    with pytest.raises(KeyboardInterrupt): train_run(TINY, tmp_path/'run', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
+    with pytest.raises(KeyboardInterrupt):
+        train_run(TINY, tmp_path/'run', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
     names = ['weights.safetensors', 'examples.png', 'confusion.json', 'metrics.json', 'history.csv']
     for o in [*names, *(f'.{o}.part' for o in [*names, 'checkpoint.pt', 'config.json'])]:
         (tmp_path/'run'/o).unlink(missing_ok=True)
@@ -228,7 +251,8 @@ def test_a_folder_says_who_holds_it(tmp_path):
     ''')
     train_run(replace(TINY, epochs=1), tmp_path/'run', progress=False, write=lambda o: None)
     (tmp_path/'run'/'metrics.json').unlink()
-    job = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/'run')], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    job = subprocess.Popen([sys.executable, '-W', 'ignore', '-c', code, str(tmp_path/'run')], stdout=subprocess.PIPE,
+                           text=True, start_new_session=True)
     assert job.stdout.readline()=='held\n'
     with pytest.raises(BlockingIOError, match=f'in use by process {job.pid} on {socket.gethostname()}: wait'):
         train_run(replace(TINY, epochs=1), tmp_path/'run', resume=True, progress=False, write=lambda o: None)
@@ -250,7 +274,8 @@ def test_stored_runs_still_load_with_their_hash(file):
 
 
 def test_every_later_setting_changes_the_hash_and_no_default_does():
-    changes = dict(loss='focal', loss_options={'gamma':1.}, resample={'car':2}, sampling='rare_class', temperature=.1, sync_bn=False, keep='best')
+    changes = dict(loss='focal', loss_options={'gamma':1.}, resample={'car':2}, sampling='rare_class', temperature=.1,
+                   sync_bn=False, keep='best')
     base = Config()
     saved = json.loads(RESULTS[0].read_text())
     later = {o.name for o in fields(Config)}-set(saved)
@@ -262,7 +287,9 @@ def test_every_later_setting_changes_the_hash_and_no_default_does():
 
 
 def test_a_folder_gives_back_the_configuration_it_was_given(tmp_path):
-    config = replace(TINY, epochs=1, resample={3:2}, data_options=dict(n_train=8, n_valid=4, crop=(16,16), scale=(.5,2.1)), dropclass=dict(never_drop=('car',)))
+    config = replace(TINY, epochs=1, resample={3:2},
+                     data_options=dict(n_train=8, n_valid=4, crop=(16,16), scale=(.5,2.1)),
+                     dropclass=dict(never_drop=('car',)))
     train_run(config, tmp_path/'run', progress=False, write=lambda o: None)
     assert read_config(tmp_path/'run')==config
     assert train_run(config, tmp_path/'run', resume=True).config==config # Finished: read, not trained
@@ -271,14 +298,19 @@ def test_a_folder_gives_back_the_configuration_it_was_given(tmp_path):
 @pytest.mark.parametrize('name', ['cityscapes', 'voc', 'ade20k'])
 def test_data_sets_are_imported_when_named(name, monkeypatch):
     made = []
-    monkeypatch.setitem(sys.modules, f'dropclass.data.{name}', types.SimpleNamespace(**{f'{name}_dls': lambda path, **kwargs: made.append((path, kwargs)) or types.SimpleNamespace(train=[0])}))
+    monkeypatch.setitem(sys.modules, f'dropclass.data.{name}',
+                        types.SimpleNamespace(**{f'{name}_dls': lambda path, **kwargs: made.append((path, kwargs))
+                                                 or types.SimpleNamespace(train=[0])}))
     make_data(Config(data=name, path='here', bs=3, size=(8,9), data_options=dict(crop=(4,5)), resample={'car':2}))
     path,kwargs = made[0]
-    assert path=='here' and (kwargs['bs'], kwargs['size'], kwargs['crop'], kwargs['times'])==(3, (8,9), [4,5], {'car':2})
+    assert path=='here' and (kwargs['bs'], kwargs['size'], kwargs['crop'], kwargs['times'])==(3, (8,9), [4,5],
+                                                                                              {'car':2})
     with pytest.raises(ValueError, match='needs `path`'): make_data(Config(data=name))
 
 
-@pytest.mark.parametrize('change', [dict(loss=o) for o in ('focal', 'dice_ce', 'lovasz', 'ohem')]+[dict(method='ignore_label'), dict(method='fade_weights', weights='median')])
+@pytest.mark.parametrize('change',
+                         [dict(loss=o) for o in ('focal', 'dice_ce', 'lovasz', 'ohem')]
+                         +[dict(method='ignore_label'), dict(method='fade_weights', weights='median')])
 def test_every_arm_learns(tmp_path, change):
     "Each loss and method, after a few epochs, beats the network it began with."
     config = replace(TINY, **{'method':'plain', **change}, epochs=12, optimizer='adamw', lr=3e-3)
@@ -300,7 +332,8 @@ def test_bfloat16_trains_on_a_cpu(tmp_path):
 def test_bfloat16_resumes_bit_for_bit(tmp_path):
     config = replace(TINY, precision='bf16')
     train_run(config, tmp_path/'whole', progress=False, write=lambda o: None)
-    with pytest.raises(KeyboardInterrupt): train_run(config, tmp_path/'cut', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
+    with pytest.raises(KeyboardInterrupt):
+        train_run(config, tmp_path/'cut', progress=False, write=lambda o: None, cbs=[PowerCut(2)])
     assert not torch.is_autocast_enabled('cpu') # The interruption left nothing behind
     train_run(config, tmp_path/'cut', resume=True, progress=False, write=lambda o: None)
     assert same(weights(tmp_path/'whole'), weights(tmp_path/'cut'))
@@ -315,8 +348,11 @@ def test_comparisons_know_the_defaults_that_old_runs_did_not_write():
 def test_random_states_come_back_on_a_machine_with_fewer_gpus(monkeypatch):
     "A checkpoint of an older version holds the state of every GPU that its machine had."
     seen = []
-    for name,value in dict(is_available=lambda: True, current_device=lambda: 0, get_rng_state=lambda: torch.tensor([7]), set_rng_state=seen.append,
-                           set_rng_state_all=lambda o: pytest.fail('the state of GPUs that may not be there')).items(): monkeypatch.setattr(torch.cuda, name, value)
+    for name,value in dict(is_available=lambda: True, current_device=lambda: 0, get_rng_state=lambda: torch.tensor([7]),
+                           set_rng_state=seen.append,
+                           set_rng_state_all=lambda o: pytest.fail(
+                               'the state of GPUs that may not be there')).items(): monkeypatch.setattr(torch.cuda,
+                                                                                                        name, value)
     states = random_states()
     assert [o.tolist() for o in states['cuda']]==[[7]]
     for found in (states['cuda'], [torch.tensor([7]), torch.tensor([8])]): set_random_states({**states, 'cuda':found})

@@ -1,4 +1,5 @@
-"Away from training: a folded network is plain PyTorch, and what PyTorch writes (pickle, torch.export, ONNX, safetensors) gives the same numbers."
+"""Away from training: a folded network is plain PyTorch, and what PyTorch writes (pickle, torch.export, ONNX,
+safetensors) gives the same numbers."""
 import csv
 import os
 import pickle
@@ -51,10 +52,12 @@ def signed_unet():
 
 def segformer():
     hf = pytest.importorskip('transformers')
-    return hf.SegformerForSemanticSegmentation(hf.SegformerConfig(num_labels=C, depths=[1,1,1,1], hidden_sizes=[8,16,24,32], decoder_hidden_size=16))
+    return hf.SegformerForSemanticSegmentation(hf.SegformerConfig(num_labels=C, depths=[1,1,1,1],
+                                                                  hidden_sizes=[8,16,24,32], decoder_hidden_size=16))
 
 
-def volume_net(): return nn.Sequential(nn.Conv3d(1, 6, 3, padding=1), nn.BatchNorm3d(6), nn.LeakyReLU(), nn.Conv3d(6, C, 1))
+def volume_net(): return nn.Sequential(nn.Conv3d(1, 6, 3, padding=1), nn.BatchNorm3d(6), nn.LeakyReLU(),
+                                       nn.Conv3d(6, C, 1))
 
 
 networks = [torchvision_fcn, smp_unet, smp_linknet, signed_unet, segformer, volume_net]
@@ -84,7 +87,8 @@ def test_fold_is_equal_and_plain(build, path):
     assert fold_dropclass(model) is model and get_head(model) is None
     assert (logits(model, x)-before).abs().max()<=1e-5*max(1, before.abs().max())
     assert not [n for n,m in model.named_modules() if type(m).__module__.startswith('dropclass')]
-    if build is not segformer: assert b'dropclass' not in pickle.dumps(model) # transformers' own hooks cannot be pickled
+    if build is not segformer:
+        assert b'dropclass' not in pickle.dumps(model) # transformers' own hooks cannot be pickled
 
 
 def test_fold_refuses_a_pair():
@@ -119,23 +123,28 @@ def test_pickle_needs_no_package(build, tmp_path):
     fold_dropclass(model)
     torch.save((model, x, logits(model, x)), tmp_path/'model.pt')
     env = {k:v for k,v in os.environ.items() if k!='PYTHONPATH'}
-    subprocess.run([sys.executable, '-W', 'ignore', '-c', without_package, str(tmp_path/'model.pt')], check=True, env=env, cwd=tmp_path)
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', without_package, str(tmp_path/'model.pt')], check=True,
+                   env=env, cwd=tmp_path)
 
 
 class Tensor(nn.Module):
     "Logits only, as exporters like it; no part of the package."
-    def __init__(self, model): super().__init__(); self.model = model
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
     def forward(self, x):
         out = self.model(x)
         return out if isinstance(out, torch.Tensor) else out['out'] if 'out' in out else out['logits']
 
 
-exported = [torchvision_fcn, smp_unet, signed_unet, segformer]+[pytest.param(lambda o=o: create_model(o, C), id=o) for o in [*papers, 'unet:resnet18']]
+exported = [torchvision_fcn, smp_unet, signed_unet,
+            segformer]+[pytest.param(lambda o=o: create_model(o, C), id=o) for o in [*papers, 'unet:resnet18']]
 
 
 @pytest.mark.parametrize('build', exported, ids=lambda o: getattr(o, '__name__', None))
 def test_export_and_onnx(build, tmp_path):
-    "torch.export and ONNX Runtime agree with the folded model; so does the export of the model with its head, which needs no folding."
+    """torch.export and ONNX Runtime agree with the folded model; so does the export of the model with its head, which
+    needs no folding."""
     onnxruntime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')
     model,x = trained(build)
@@ -156,7 +165,8 @@ def test_export_and_onnx(build, tmp_path):
 
 
 @pytest.mark.parametrize('folded', [False, True], ids=['with head', 'folded'])
-@pytest.mark.parametrize('build', [smp_unet, *[pytest.param(lambda o=o: create_model(o, C), id=o) for o in papers]], ids=lambda o: getattr(o, '__name__', None))
+@pytest.mark.parametrize('build', [smp_unet, *[pytest.param(lambda o=o: create_model(o, C), id=o) for o in papers]],
+                         ids=lambda o: getattr(o, '__name__', None))
 def test_safetensors(build, folded, tmp_path):
     "Weights go out and come in, with the head and folded."
     model,x = trained(build, 'auto')
@@ -182,13 +192,15 @@ def test_fold_of_the_papers_networks(arch, path):
     own = {type(m) for m in create_model(arch, C).modules()}
     fold_dropclass(model)
     assert (logits(model, x)-before).abs().max()<=1e-5*max(1, before.abs().max())
-    assert {type(m) for m in model.modules() if type(m).__module__.startswith('dropclass')}<=own, "only what the network had before"
+    assert {type(m) for m in model.modules()
+            if type(m).__module__.startswith('dropclass')}<=own, "only what the network had before"
 
 
 def test_benchmark_of_inference(tmp_path):
     "The script runs, checks that folding changes nothing, and writes the columns that the stored table has."
     root = Path(__file__).parents[1]
-    subprocess.run([sys.executable, '-W', 'ignore', root/'benchmarks/inference.py', '--archs', 'small', '--size', '32x64', '--rounds', '7', '--classes', '5', '--csv', tmp_path/'new.csv'], check=True)
+    subprocess.run([sys.executable, '-W', 'ignore', root/'benchmarks/inference.py', '--archs', 'small', '--size',
+                    '32x64', '--rounds', '7', '--classes', '5', '--csv', tmp_path/'new.csv'], check=True)
     read = lambda path: list(csv.DictReader(open(path, newline='', encoding='utf-8')))
     new,stored = read(tmp_path/'new.csv'),read(root/'results/inference.csv')
     assert list(new[0])==list(stored[0]) and [o['variant'] for o in new]==['plain','head','folded']

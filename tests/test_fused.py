@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropclass.core import VOID
-from dropclass.fused import (calm_threads, find_resize, full_precision, fuses, matrix_windows, resize_cross_entropy, resize_drop_losses,
+from dropclass.fused import (calm_threads, find_resize, full_precision, fuses, matrix_windows, resize_cross_entropy,
+                             resize_drop_losses,
                              resize_dropclass_loss, resize_matrix, tile_numbers, tile_size)
 from dropclass.losses import drop_path_losses, dropclass_loss, segmentation_loss
 
@@ -37,22 +38,27 @@ def close(a, b, tol=1e-12):
 @st.composite
 def batches(draw):
     "Small logits of both paths, labels of another size with void, the dropped class (or None), and a tile."
-    C,N,size,out_size = draw(st.integers(2, 6)),draw(st.integers(1, 3)),(draw(side), draw(side)),(draw(st.integers(1, 24)), draw(st.integers(1, 24)))
+    C,N,size,out_size = draw(st.integers(2, 6)),draw(st.integers(1, 3)),(draw(side),
+                                                                         draw(side)),(draw(st.integers(1, 24)),
+                                                                                      draw(st.integers(1, 24)))
     gen = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([1., 5., 300.]))
     x,drop_x = (scale*torch.randn(2, N, C, *size, generator=gen, dtype=torch.float64)).unbind()
     target = torch.randint(C+1, (N, *out_size), generator=gen)
     z = draw(st.one_of(st.none(), st.integers(0, C-1)))
     kind = draw(st.sampled_from(['mixed', 'mixed', 'mixed', 'void', 'dropped']))
-    target = {'mixed':target.masked_fill(target==C, VOID), 'void':torch.full_like(target, VOID), 'dropped':torch.full_like(target, z or 0)}[kind]
+    target = {'mixed':target.masked_fill(target==C, VOID), 'void':torch.full_like(target, VOID),
+              'dropped':torch.full_like(target, z or 0)}[kind]
     tile = draw(st.one_of(st.none(), st.tuples(st.integers(1, 10), st.integers(1, 10))))
     return x.requires_grad_(), drop_x.requires_grad_(), target, z, tile
 
 @st.composite
 def losses(draw, num_classes):
     "Settings of a cross-entropy."
-    weight = draw(st.sampled_from([None, torch.linspace(.3, 2.5, num_classes, dtype=torch.float64), torch.arange(num_classes).double()]))
-    return dict(weight=weight, label_smoothing=draw(st.sampled_from([0., .1, 1.])), ignore_index=draw(st.sampled_from([VOID, VOID, 0])))
+    weight = draw(st.sampled_from([None, torch.linspace(.3, 2.5, num_classes, dtype=torch.float64),
+                                   torch.arange(num_classes).double()]))
+    return dict(weight=weight, label_smoothing=draw(st.sampled_from([0., .1, 1.])),
+                ignore_index=draw(st.sampled_from([VOID, VOID, 0])))
 
 @few
 @given(batches(), st.data(), st.booleans(), st.sampled_from(['valid', 'all']))
@@ -60,14 +66,17 @@ def test_it_is_the_literal_form(batch, data, align_corners, normalize):
     x,drop_x,target,z,tile = batch
     options = data.draw(losses(x.shape[1]))
     if options['ignore_index']==0: target = target.masked_fill(target==VOID, 0)
-    ce,mask,how = nn.CrossEntropyLoss(**options),keep_mask(x.shape[1], z),dict(normalize=normalize, align_corners=align_corners, tile=tile, **options)
+    ce,mask,how = nn.CrossEntropyLoss(**options),keep_mask(x.shape[1], z),dict(normalize=normalize,
+                                                                               align_corners=align_corners, tile=tile,
+                                                                               **options)
     up,up_drop = (resize(o, target, align_corners) for o in (x, drop_x))
 
     want,got = segmentation_loss(up, target, ce, normalize=normalize),resize_cross_entropy(x, target, **how)
     close(got, want)
     close(gradient(got, x), gradient(want, x))
 
-    want,got = drop_path_losses(up_drop, target, mask, ce, normalize, masked_weights=True),resize_drop_losses(drop_x, target, z, **how)
+    want,got = drop_path_losses(up_drop, target, mask, ce, normalize,
+                                masked_weights=True),resize_drop_losses(drop_x, target, z, **how)
     close(got, want)
     for w,g in list(zip(want, got))[:1 if z is None else 2]: close(gradient(g, drop_x), gradient(w, drop_x))
 
@@ -75,7 +84,9 @@ def test_it_is_the_literal_form(batch, data, align_corners, normalize):
     want = dropclass_loss(up, up_drop, target, mask, .3, 10., ce, normalize, masked_weights)
     got,parts = resize_dropclass_loss(x, drop_x, target, z, .3, 10., masked_weights, **how)
     close(got, want)
-    close(parts, torch.stack([segmentation_loss(up, target, ce, normalize=normalize), *drop_path_losses(up_drop, target, mask, ce, normalize, masked_weights)]))
+    close(parts,
+          torch.stack([segmentation_loss(up, target, ce, normalize=normalize),
+                       *drop_path_losses(up_drop, target, mask, ce, normalize, masked_weights)]))
     close(gradient(got, x, drop_x), gradient(want, x, drop_x))
 
 @few
@@ -109,7 +120,8 @@ def test_half_precision_is_summed_in_float32(dtype, autocast):
     target = torch.randint(7, (2, 64, 64), generator=gen)
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         losses = resize_drop_losses(half, target, 2)
-        (2**14*sum(losses)).backward() # as a gradient scaler does; unscaled, most gradients are below half's smallest number
+        # as a gradient scaler does; unscaled, most gradients are below half's smallest number
+        (2**14*sum(losses)).backward()
     want = drop_path_losses(resize(full, target), target, keep_mask(7, 2))
     (2**14*sum(want)).backward()
     assert all(o.dtype==torch.float32 for o in losses) and half.grad.dtype==dtype
@@ -132,7 +144,8 @@ class Sizes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.names.append(func.__name__)
-        self.nbytes += [o.untyped_storage().nbytes() for o in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(o, torch.Tensor)]
+        self.nbytes += [o.untyped_storage().nbytes()
+                        for o in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(o, torch.Tensor)]
         return out
 
 @pytest.fixture
@@ -144,7 +157,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 @pytest.mark.usefixtures('one_thread')
-@pytest.mark.parametrize('C,size,out_size', [(19, (32, 64), (256, 512)), (150, (16, 16), (128, 128)), (5, (200, 200), (50, 50))])
+@pytest.mark.parametrize('C,size,out_size',
+                         [(19, (32, 64), (256, 512)), (150, (16, 16), (128, 128)), (5, (200, 200), (50, 50))])
 def test_no_large_tensor_is_made(C, size, out_size):
     x,drop_x = torch.randn(2, 2, C, *size).unbind()
     target = torch.randint(C, (2, *out_size))
@@ -186,7 +200,8 @@ def test_labels_out_of_range_fail_as_in_pytorch():
     x,target = torch.randn(1, 4, 5, 5),torch.full((1, 9, 9), 4)
     for f in (lambda t: resize_cross_entropy(x, t), lambda t: F.cross_entropy(resize(x, t), t, ignore_index=VOID)):
         for label in (4, -100, -1):
-            with pytest.raises(IndexError, match=f'Target {label} is out of bounds'): f(target.masked_fill(target==4, label))
+            with pytest.raises(IndexError, match=f'Target {label} is out of bounds'):
+                f(target.masked_fill(target==4, label))
 
 def test_any_integer_labels_any_memory_format_any_subclass():
     from fastai.torch_core import TensorImage, TensorMask
@@ -194,7 +209,8 @@ def test_any_integer_labels_any_memory_format_any_subclass():
     target[0,0] = VOID
     want = resize_cross_entropy(x, target)
     assert torch.equal(resize_cross_entropy(x, target.byte()), want)
-    close(resize_cross_entropy(x.to(memory_format=torch.channels_last), target.transpose(1, 2).contiguous().transpose(1, 2)), want, 1e-6)
+    close(resize_cross_entropy(x.to(memory_format=torch.channels_last),
+                               target.transpose(1, 2).contiguous().transpose(1, 2)), want, 1e-6)
     got = resize_cross_entropy(TensorImage(x), TensorMask(target))
     assert type(got) is torch.Tensor and torch.equal(got, want)
 
@@ -216,7 +232,8 @@ def test_precision_of_products_comes_back(value):
         assert torch.get_float32_matmul_precision()==value
     finally: torch.set_float32_matmul_precision(old)
 
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, 'fp32_precision'), reason='older PyTorch has one switch only')
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, 'fp32_precision'),
+                    reason='older PyTorch has one switch only')
 def test_precision_set_by_the_newer_switches_comes_back():
     matmul = torch.backends.cuda.matmul
     old = matmul.fp32_precision

@@ -50,7 +50,8 @@ def loop_loss(logits, target, z, weight=None, eps=0., normalize='valid'):
     return total/hard_norm if hard_norm else 0.
 
 @few
-@given(batches(), st.booleans(), st.sampled_from([0., .1, 1.]), st.sampled_from(['valid', 'all']), st.sampled_from([True, False, None]))
+@given(batches(), st.booleans(), st.sampled_from([0., .1, 1.]), st.sampled_from(['valid', 'all']),
+       st.sampled_from([True, False, None]))
 def test_masked_loss_is_the_hand_loop(batch, weighted, eps, normalize, masked_weights):
     logits,target,z = batch
     weight = torch.linspace(.3, 2.5, logits.shape[1], dtype=torch.float64) if weighted else None
@@ -58,7 +59,8 @@ def test_masked_loss_is_the_hand_loop(batch, weighted, eps, normalize, masked_we
     want = loop_loss(logits, target, z, weight, eps, normalize)
     assert segmentation_loss(logits, target, ce, z, normalize).item()==pytest.approx(want, rel=1e-9, abs=1e-9)
     masked,sup = drop_path_losses(logits, target, keep_mask(logits.shape[1], z), ce, normalize, masked_weights)
-    assert masked.item()==pytest.approx(loop_loss(logits, target, z, weight if masked_weights else None, eps, normalize), rel=1e-9, abs=1e-9)
+    assert masked.item()==pytest.approx(loop_loss(logits, target, z, weight if masked_weights else None, eps,
+                                                  normalize), rel=1e-9, abs=1e-9)
     assert sup.item()==pytest.approx(0. if z is None else logits.softmax(1)[:,z].mean().item(), rel=1e-9, abs=1e-12)
 
 @few
@@ -87,18 +89,21 @@ def test_total_is_its_parts(batch, lam, lam2):
     torch.testing.assert_close(dropclass_loss(logits, drop_logits, target, mask, lam, alpha=7., base_loss=ce), want)
     torch.testing.assert_close(total_loss(plain, masked, sup, lam, 7.), want)
     middle = total_loss(plain, masked, sup, (lam+lam2)/2, 7.) # Eq. (7) is linear in lambda
-    torch.testing.assert_close(middle, (total_loss(plain, masked, sup, lam, 7.)+total_loss(plain, masked, sup, lam2, 7.))/2)
+    torch.testing.assert_close(middle,
+                               (total_loss(plain, masked, sup, lam, 7.)+total_loss(plain, masked, sup, lam2, 7.))/2)
 
 def smp_losses():
     smp = pytest.importorskip('segmentation_models_pytorch').losses
     return [smp.DiceLoss('multiclass', ignore_index=VOID), smp.FocalLoss('multiclass', ignore_index=VOID),
-            smp.JaccardLoss('multiclass', ignore_index=VOID), smp.SoftCrossEntropyLoss(smooth_factor=0., ignore_index=VOID)]
+            smp.JaccardLoss('multiclass', ignore_index=VOID),
+            smp.SoftCrossEntropyLoss(smooth_factor=0., ignore_index=VOID)]
 
 def all_losses():
     from fastai.losses import CrossEntropyLossFlat
     weight = torch.tensor([.5, 1., 4.])
     ces = [nn.CrossEntropyLoss(w, ignore_index=VOID, label_smoothing=e) for w in (None, weight) for e in (0., .1)]
-    return [None, *ces, CrossEntropyLossFlat(axis=1, ignore_index=VOID), partial(F.cross_entropy, ignore_index=VOID), *smp_losses()]
+    return [None, *ces, CrossEntropyLossFlat(axis=1, ignore_index=VOID), partial(F.cross_entropy, ignore_index=VOID),
+            *smp_losses()]
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('label', [VOID, 1]) # everything void; only the dropped class left
@@ -137,7 +142,9 @@ def test_fastai_wrapper_is_pytorchs_loss(batch, weighted):
     theirs = drop_path_losses(logits, target, mask, ce)
     assert all(type(o) is torch.Tensor for o in ours)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
-    if (target!=VOID).any(): torch.testing.assert_close(segmentation_loss(logits, target, flat), flat(logits, target).as_subclass(torch.Tensor))
+    if (target!=VOID).any():
+        torch.testing.assert_close(segmentation_loss(logits, target, flat),
+                                   flat(logits, target).as_subclass(torch.Tensor))
 
 @few
 @given(batches(torch.float32), st.sampled_from([torch.float16, torch.bfloat16]))
@@ -194,14 +201,16 @@ def test_dropped_pixels_of_other_losses_do_not_count():
     for loss_func in all_losses():
         a,b = (segmentation_loss(o, target, loss_func, dropped_class=1) for o in (logits, other))
         torch.testing.assert_close(a, b)
-        assert (segmentation_loss(logits, target, loss_func)-segmentation_loss(other, target, loss_func)).abs()>1e-3, loss_func
+        assert (segmentation_loss(logits, target, loss_func)-segmentation_loss(other, target,
+                                                                               loss_func)).abs()>1e-3, loss_func
 
 def test_a_failing_loss_gets_its_reduction_back():
     class Broken(nn.Module):
         reduction = 'mean'
         def forward(self, logits, target): raise RuntimeError('broken')
     loss_func = Broken()
-    with pytest.raises(RuntimeError, match='broken'): segmentation_loss(torch.randn(1, 3, 2, 2), torch.zeros(1, 2, 2).long(), loss_func, 1)
+    with pytest.raises(RuntimeError, match='broken'):
+        segmentation_loss(torch.randn(1, 3, 2, 2), torch.zeros(1, 2, 2).long(), loss_func, 1)
     assert loss_func.reduction=='mean'
 
 def test_own_wrappers_and_subclasses_keep_their_meaning():
@@ -211,11 +220,13 @@ def test_own_wrappers_and_subclasses_keep_their_meaning():
     logits,target = torch.randn(1, 3, 4, 4),torch.randint(3, (1, 4, 4))
     doubled,ce = Doubled(axis=1, ignore_index=VOID),nn.CrossEntropyLoss(ignore_index=VOID)
     assert get_ignore_index(doubled)==VOID and cross_entropy_options(doubled) is None
-    torch.testing.assert_close(segmentation_loss(logits, target, doubled, 1), 2*segmentation_loss(logits, target, ce, 1))
+    torch.testing.assert_close(segmentation_loss(logits, target, doubled, 1),
+                               2*segmentation_loss(logits, target, ce, 1))
 
 def test_losses_and_schedules_need_no_fastai():
     import subprocess, sys
-    code = "import sys, dropclass.losses, dropclass.schedules; assert not [m for m in sys.modules if m.split('.')[0]=='fastai']"
+    code = ("import sys, dropclass.losses, dropclass.schedules; "
+            "assert not [m for m in sys.modules if m.split('.')[0]=='fastai']")
     subprocess.run([sys.executable, '-c', code], check=True)
 
 @few
@@ -230,7 +241,8 @@ def test_per_epoch_is_the_authors_step_function(n_epochs, steps, data):
 @pytest.mark.parametrize('n_epochs,steps', [(22, 1), (2, 6), (7, 13), (30, 50)])
 def test_per_epoch_survives_summed_up_floats(n_epochs, steps):
     "fastai adds 1/(n_epochs*steps) after each batch; the sum may fall short of an epoch's start."
-    for pcts in ([k/(n_epochs*steps) for k in range(n_epochs*steps)], list(accumulate([0.]+[1/(n_epochs*steps)]*(n_epochs*steps-1)))):
+    for pcts in ([k/(n_epochs*steps) for k in range(n_epochs*steps)],
+                 list(accumulate([0.]+[1/(n_epochs*steps)]*(n_epochs*steps-1)))):
         assert [epoch_pct(p, n_epochs) for p in pcts]==[(k//steps)/n_epochs for k in range(n_epochs*steps)]
 
 @few

@@ -1,4 +1,5 @@
-"The package as a whole: facts that stand twice agree, everything generated is what its source says, and the wheel works."
+"""The package as a whole: facts that stand twice agree, everything generated is what its source says, and the wheel
+works."""
 import configparser
 import filecmp
 import importlib.util
@@ -27,7 +28,8 @@ def run(*args, **kwargs):
     "Run a command, show its output when it fails."
     env = {**os.environ, **kwargs.pop('env', {})}
     env.pop('IN_TEST', None)
-    res = subprocess.run([str(o) for o in args], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env, **kwargs)
+    res = subprocess.run([str(o) for o in args], text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env,
+                         **kwargs)
     assert res.returncode==0, f"{args} failed:\n{res.stdout}"
     return res.stdout
 
@@ -50,7 +52,8 @@ def project():
 def copy(tmp_path_factory):
     "A copy of what the package is made from, so that no test writes into the checkout."
     dest = tmp_path_factory.mktemp('copy')
-    for name in ('pyproject.toml', 'settings.ini', 'setup.py', 'MANIFEST.in', 'README.md', 'LICENSE', '_quarto.yml'): shutil.copy(root/name, dest)
+    for name in ('pyproject.toml', 'settings.ini', 'setup.py', 'MANIFEST.in', 'README.md', 'LICENSE', '_quarto.yml'):
+        shutil.copy(root/name, dest)
     ignore = shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints', 'llms.txt')
     for name in ('nbs', 'dropclass', '.ci'): shutil.copytree(root/name, dest/name, ignore=ignore, symlinks=True)
     return dest
@@ -59,7 +62,8 @@ def copy(tmp_path_factory):
 @pytest.fixture(scope='module')
 def wheel(copy):
     "The wheel, built without a network from a copy that has no build folders."
-    run(sys.executable, '-m', 'pip', 'wheel', '.', '--no-deps', '--no-index', '--no-build-isolation', '-w', 'wheels', cwd=copy)
+    run(sys.executable, '-m', 'pip', 'wheel', '.', '--no-deps', '--no-index', '--no-build-isolation', '-w', 'wheels',
+        cwd=copy)
     return next((copy/'wheels').glob('*.whl'))
 
 
@@ -68,7 +72,8 @@ def wheel(copy):
 def test_version_has_one_home(settings, project):
     "dropclass/__init__.py holds it, settings.ini repeats it, no other file spells it as a version."
     import dropclass
-    assert settings['version']==dropclass.__version__, "after nbdev-bump-version, write the new version into settings.ini too"
+    assert settings['version']==dropclass.__version__, (
+        "after nbdev-bump-version, write the new version into settings.ini too")
     assert 'version' in project['dynamic'] and 'version' not in project
     assert not re.search(r'\d+\.\d+\.\d+', (root/'setup.py').read_text())
 
@@ -85,7 +90,8 @@ def test_repeated_fields_agree(settings, project):
 
 def test_bounds_not_pins(settings):
     "Lower bounds only: an exact torch would not fit the torchvision of somebody's GPU."
-    wanted = [o.strip() for key in settings if key.endswith('requirements') for o in settings[key].splitlines() if o.strip()]
+    wanted = [o.strip() for key in settings if key.endswith('requirements')
+              for o in settings[key].splitlines() if o.strip()]
     assert {'torch>=2.6', 'torchvision>=0.21', 'fastai>=2.8.12', 'fastcore>=2.2.22', 'nbdev>=3.3'} <= set(wanted)
     assert not [o for o in wanted if '==' in o or '<' in o or '~' in o]
 
@@ -95,7 +101,8 @@ def test_the_source_distribution_builds_the_same_wheel(copy, wheel, tmp_path):
     build = 'from setuptools import build_meta; print(build_meta.build_{}({!r}))'
     run(sys.executable, '-c', build.format('sdist', str(tmp_path)), cwd=copy)
     shutil.unpack_archive(next(tmp_path.glob('*.tar.gz')), tmp_path)
-    run(sys.executable, '-c', build.format('wheel', str(tmp_path)), cwd=next(o for o in tmp_path.iterdir() if o.is_dir()))
+    run(sys.executable, '-c', build.format('wheel', str(tmp_path)),
+        cwd=next(o for o in tmp_path.iterdir() if o.is_dir()))
     names = lambda file: {o for o in ZipFile(file).namelist() if not o.endswith('/RECORD')}
     assert names(next(tmp_path.glob('*.whl')))==names(wheel)
 
@@ -108,12 +115,14 @@ def test_metadata_of_the_wheel(wheel, settings, project):
     assert meta['Name']==settings['lib_name'] and meta['Version']==settings['version']
     assert meta['Summary']==project['description'] and meta['Requires-Python']==project['requires-python']
     assert meta['License-Expression']=='Apache-2.0' and 'Apache License' in part('/licenses/LICENSE')
-    assert set(meta.get_all('Provides-Extra'))=={key[:-len('_requirements')] for key in settings if key.endswith('_requirements')}
+    assert set(meta.get_all('Provides-Extra'))=={key[:-len('_requirements')]
+                                                 for key in settings if key.endswith('_requirements')}
     core = [o for o in meta.get_all('Requires-Dist') if 'extra ==' not in o]
     assert sorted(core)==sorted(o.strip() for o in settings['requirements'].splitlines() if o.strip())
     commands = configparser.ConfigParser(delimiters='=')
     commands.read_string(part('/entry_points.txt'))
-    assert set(commands['console_scripts'])=={f'dropclass-{o}' for o in ('train', 'compare', 'predict', 'demo', 'audit', 'tune')}
+    assert set(commands['console_scripts'])=={f'dropclass-{o}'
+                                              for o in ('train', 'compare', 'predict', 'demo', 'audit', 'tune')}
 
 
 def test_commands_exist(settings):
@@ -129,11 +138,13 @@ def test_one_directive_exports_a_cell():
     "nbdev heeds the first of two, and what the second was meant for is missing from `__all__`."
     for nb in notebooks:
         for cell in json.loads(nb.read_text(encoding='utf-8'))['cells']:
-            if cell['cell_type']=='code': assert sum(o.startswith('#| export') for o in cell['source'])<2, f"{nb.name}: {cell['id']}"
+            if cell['cell_type']=='code':
+                assert sum(o.startswith('#| export') for o in cell['source'])<2, f"{nb.name}: {cell['id']}"
 
 
 def test_modules_are_what_the_notebooks_say(copy):
-    "Exporting into a copy without modules gives every file of dropclass/, and no other: no hand edit, no forgotten export, no orphan."
+    """Exporting into a copy without modules gives every file of dropclass/, and no other: no hand edit, no forgotten
+    export, no orphan."""
     modules = lambda o: {p.relative_to(o/'dropclass').as_posix() for p in (o/'dropclass').rglob('*.py')}
     for old in (copy/'dropclass').rglob('*.py'):
         if old.name!='__init__.py': old.unlink()
@@ -141,13 +152,15 @@ def test_modules_are_what_the_notebooks_say(copy):
     new,old = modules(copy),modules(root)
     assert new==old, f"not from any notebook: {sorted(old-new)}; not exported yet: {sorted(new-old)}; run `make nbs`"
     _,differ,errors = filecmp.cmpfiles(copy/'dropclass', root/'dropclass', new, shallow=False)
-    assert not differ and not errors, f"differ from their notebooks: {differ+errors}; edit the notebook and run `make nbs`"
+    assert not differ and not errors, (
+        f"differ from their notebooks: {differ+errors}; edit the notebook and run `make nbs`")
 
 
 def test_readme_is_what_the_index_says(tmp_path):
     "README.md and its pictures equal what `make readme` would write."
     text,pictures = runpy.run_path(str(root/'.ci/readme.py'))['make_readme'](root)
-    assert (root/'README.md').read_text(encoding='utf-8')==text, "README.md is not what nbs/index.ipynb says; run `make readme`"
+    assert (root/'README.md').read_text(encoding='utf-8')==text, (
+        "README.md is not what nbs/index.ipynb says; run `make readme`")
     assert {p.relative_to(root).as_posix() for p in (root/'nbs/images').glob('readme_*')}==set(pictures)
     for name,data in pictures.items(): assert (root/name).read_bytes()==data, f"{name} is stale; run `make readme`"
 
@@ -173,13 +186,15 @@ assert learn.recorder.values and all(torch.isfinite(torch.tensor(o)) for o in le
 
 def test_readme_code_runs(tmp_path):
     "All examples train as they stand, only smaller, with no pretrained weights, on toy data."
-    blocks = re.findall(r'^```python\n(.*?)^```$', (root/'README.md').read_text(encoding='utf-8'), flags=re.MULTILINE|re.DOTALL)
+    blocks = re.findall(r'^```python\n(.*?)^```$', (root/'README.md').read_text(encoding='utf-8'),
+                        flags=re.MULTILINE|re.DOTALL)
     assert len(blocks)==1
     code = '\n'.join([readme_setup, *blocks, readme_checks])
     for old,new in {'resnet34,': 'resnet18, pretrained=False,', 'fit_one_cycle(20,': 'fit_one_cycle(1,'}.items():
         assert old in code
         code = code.replace(old, new)
-    run(sys.executable, '-W', 'ignore', '-c', code, cwd=tmp_path, env={'PYTHONPATH': os.pathsep.join([str(root), os.environ['PYTHONPATH']])})
+    run(sys.executable, '-W', 'ignore', '-c', code, cwd=tmp_path,
+        env={'PYTHONPATH': os.pathsep.join([str(root), os.environ['PYTHONPATH']])})
 
 
 @pytest.mark.parametrize('path', notebooks, ids=lambda p: p.relative_to(root/'nbs').as_posix())
@@ -192,7 +207,8 @@ def test_notebook_is_clean_and_executed(path):
     assert nb==json.loads(before), "run `make nbs`"
     outputs = [o for cell in nb['cells'] for o in cell.get('outputs', [])]
     assert not [o for o in outputs if o['output_type']=='error']
-    drawn = any('plt.' in ''.join(cell['source']) and '#| echo: false' in ''.join(cell['source']) for cell in nb['cells'])
+    drawn = any('plt.' in ''.join(cell['source']) and '#| echo: false' in ''.join(cell['source'])
+                for cell in nb['cells'])
     assert outputs or not drawn, "committed without its outputs; run `make outputs`"
 
 
@@ -202,7 +218,8 @@ def test_sidebar_lists_every_notebook():
     def leaves(items):
         for item in items:
             if isinstance(item, str): yield item
-            elif 'auto' in item: yield from (p.relative_to(root/'nbs').as_posix() for p in (root/'nbs').glob(item['auto']))
+            elif 'auto' in item:
+                yield from (p.relative_to(root/'nbs').as_posix() for p in (root/'nbs').glob(item['auto']))
             else: yield from leaves(item['contents'])
     listed = list(leaves(yaml.safe_load((root/'nbs/sidebar.yml').read_text())['website']['sidebar']['contents']))
     assert sorted(listed)==sorted(p.relative_to(root/'nbs').as_posix() for p in notebooks)
@@ -223,13 +240,15 @@ def test_wheel_installs_and_imports(wheel, tmp_path):
     run(sys.executable, '-m', 'pip', 'install', '--no-deps', '--no-index', '--target', tmp_path/'site', wheel)
     packed = {p.name for p in (tmp_path/'site').iterdir() if not p.name.endswith('.dist-info')}-{'bin'}
     assert packed=={'dropclass'}
-    code = ("import dropclass, importlib, pkgutil; names = [o.name for o in pkgutil.walk_packages(dropclass.__path__, 'dropclass.')]\n"
+    code = ("import dropclass, importlib, pkgutil; names = [o.name for o in pkgutil.walk_packages(dropclass.__path__, "
+            "'dropclass.')]\n"
             "for o in names: importlib.import_module(o)\n"
             "print(dropclass.__file__, *names)")
     path = os.pathsep.join([str(tmp_path/'site'), os.environ['PYTHONPATH']])
     *_,last = run(sys.executable, '-W', 'ignore', '-c', code, cwd=tmp_path, env={'PYTHONPATH': path}).splitlines()
     file,*names = last.split()
-    assert file.startswith(str(tmp_path/'site')) and {'dropclass.core', 'dropclass.data.core', 'dropclass.run.cli'}<={*names}
+    assert file.startswith(str(tmp_path/'site')) and {'dropclass.core', 'dropclass.data.core',
+                                                      'dropclass.run.cli'}<={*names}
 
 
 # ---- import dropclass
@@ -239,13 +258,16 @@ def fake_torchvision(folder, version, body):
     (folder/'torchvision').mkdir()
     (folder/'torchvision/__init__.py').write_text(body)
     (folder/f'torchvision-{version}.dist-info').mkdir()
-    (folder/f'torchvision-{version}.dist-info/METADATA').write_text(f'Metadata-Version: 2.1\nName: torchvision\nVersion: {version}\nRequires-Dist: torch\n')
+    (folder/f'torchvision-{version}.dist-info/METADATA').write_text(f'Metadata-Version: 2.1\nName: '
+                                                                    f'torchvision\nVersion: {version}\nRequires-Dist: '
+                                                                    f'torch\n')
 
 
 def import_with(folder):
     "Import dropclass in a process where `folder` comes first."
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(folder), str(root), os.environ['PYTHONPATH']])}
-    return subprocess.run([sys.executable, '-c', 'import dropclass, sys; print("torchvision" in sys.modules)'], text=True, capture_output=True, env=env)
+    return subprocess.run([sys.executable, '-c', 'import dropclass, sys; print("torchvision" in sys.modules)'],
+                          text=True, capture_output=True, env=env)
 
 
 def test_torchvision_trap_is_explained(tmp_path):
@@ -274,7 +296,8 @@ def test_other_torchvision_errors_stay_themselves(tmp_path):
 def test_import_is_light(tmp_path):
     "Neither torch nor fastai is imported by `import dropclass` when the wheels fit."
     code = 'import dropclass, sys; print(sorted({"torch", "torchvision", "fastai", "numpy"} & set(sys.modules)))'
-    assert run(sys.executable, '-c', code, env={'PYTHONPATH': f"{root}{os.pathsep}{os.environ['PYTHONPATH']}"}).strip()=='[]'
+    assert run(sys.executable, '-c', code,
+               env={'PYTHONPATH': f"{root}{os.pathsep}{os.environ['PYTHONPATH']}"}).strip()=='[]'
 
 
 # ---- no network
@@ -282,11 +305,13 @@ def test_import_is_light(tmp_path):
 def test_network_is_blocked():
     "Names and addresses elsewhere fail at once, here and in processes started from here; this machine stays reachable."
     import sitecustomize
-    with pytest.raises(sitecustomize.NetworkBlocked, match='weights=None'): socket.create_connection(('example.com', 80), timeout=5)
+    with pytest.raises(sitecustomize.NetworkBlocked, match='weights=None'):
+        socket.create_connection(('example.com', 80), timeout=5)
     with pytest.raises(sitecustomize.NetworkBlocked), socket.socket() as s: s.connect(('203.0.113.1', 80))
     code = "import urllib.request as u; u.urlopen('http://example.com')"
     res = subprocess.run([sys.executable, '-c', code], text=True, capture_output=True)
     assert 'NetworkBlocked' in res.stderr.splitlines()[-1]
     with socket.socket() as server, socket.socket() as client:
-        server.bind(('localhost', 0)); server.listen()
+        server.bind(('localhost', 0))
+        server.listen()
         client.connect(server.getsockname())

@@ -1,4 +1,5 @@
-"Half precision, gradient scaling and `torch.compile`: what the paths compute in fewer bits is summed in float32, and an overflow never reaches the weights."
+"""Half precision, gradient scaling and `torch.compile`: what the paths compute in fewer bits is summed in float32, and
+an overflow never reaches the weights."""
 import copy, shutil
 
 import pytest, torch
@@ -7,7 +8,8 @@ from fastai.callback.fp16 import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 
-from dropclass.callback import PARTS, DropClassCallback
+from dropclass.callback import DropClassCallback
+from dropclass.history import PARTS
 from dropclass.core import VOID
 from dropclass.fused import resize_dropclass_loss
 from dropclass.head import split_paths
@@ -28,7 +30,8 @@ class CPUAutocast(Callback):
     order,reads_pred = MixedPrecision.order,False
     def __init__(self, dtype): self.dtype,self.seen = dtype,set()
     def before_batch(self):
-        self.handle = self.learn.drop_class.drop_head.classifier.register_forward_hook(lambda m,args,out: self.seen.add(out.dtype))
+        self.handle = self.learn.drop_class.drop_head.classifier.register_forward_hook(
+            lambda m,args,out: self.seen.add(out.dtype))
         self.cast = torch.autocast('cpu', self.dtype)
         self.cast.__enter__()
     def leave(self):
@@ -106,7 +109,8 @@ def test_a_million_pixels_do_not_saturate_a_sum(dtype):
     "bf16 cannot count beyond 256 and float16 not beyond 65504: the terms must be added in float32."
     logits = torch.zeros(1, C, 256, 256, dtype=dtype).repeat(1, 1, 4, 4)
     target = torch.zeros(1, 1024, 1024, dtype=torch.long)
-    for loss in (segmentation_loss(logits, target), drop_path_losses(logits, target, keep_mask())[0], resize_dropclass_loss(logits[...,:256,:256], None, target, None, 0.)[0]):
+    for loss in (segmentation_loss(logits, target), drop_path_losses(logits, target, keep_mask())[0],
+                 resize_dropclass_loss(logits[...,:256,:256], None, target, None, 0.)[0]):
         assert loss.dtype==torch.float32 and loss.item()==pytest.approx(torch.tensor(4.).log().item(), rel=1e-4)
 
 
@@ -155,7 +159,8 @@ def test_the_scaler_of_a_learner_skips_an_overflow():
             self.learn.loss_grad = self.scaler.scale(self.loss_grad)
         def before_step(self):
             self.scaler.unscale_(self.opt)
-            over = any(o.item() for o in self.scaler._per_optimizer_states[id(self.opt)]['found_inf_per_device'].values())
+            over = any(o.item()
+                       for o in self.scaler._per_optimizer_states[id(self.opt)]['found_inf_per_device'].values())
             self.scaler.update()
             if over: raise CancelStepException
         def after_cancel_step(self): self.learn.opt.zero_grad()
@@ -167,7 +172,8 @@ def test_the_scaler_of_a_learner_skips_an_overflow():
     learn.fit(1, cbs=scaled)
     (first,before,after),*others = scaled.seen
     assert not torch.tensor(first).isfinite() and all(torch.equal(a, b) for a,b in zip(before, after))
-    for loss,before,after in others: assert torch.tensor(loss).isfinite() and not all(torch.equal(a, b) for a,b in zip(before, after))
+    for loss,before,after in others:
+        assert torch.tensor(loss).isfinite() and not all(torch.equal(a, b) for a,b in zip(before, after))
     assert scaled.scaler.get_scale()==2.**9 and all(p.isfinite().all() for p in learn.model.parameters())
 
 
@@ -198,7 +204,9 @@ def test_gpu_loop_sums_half_logits_in_float32(dtype):
 
 # ---- torch.compile
 
-BACKENDS = ['aot_eager']+[pytest.param('inductor', marks=pytest.mark.slow)]*bool(shutil.which('g++') or shutil.which('c++')) # Inductor writes C++ and takes minutes
+# Inductor writes C++ and takes minutes
+BACKENDS = ['aot_eager']+[pytest.param('inductor', marks=pytest.mark.slow)]*bool(shutil.which('g++')
+                                                                                 or shutil.which('c++'))
 
 @pytest.mark.parametrize('backend', BACKENDS)
 def test_compiled_model_and_head_agree(backend):
@@ -215,4 +223,5 @@ def test_compiled_model_and_head_agree(backend):
             losses.append(dropclass_loss(*split_paths(out, len(x)), y, keep_mask(z), .5))
             losses[-1].backward()
         assert losses[1].item()==pytest.approx(losses[0].item(), rel=1e-5)
-        for a,b in zip(model.parameters(), twin.parameters()): torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)
+        for a,b in zip(model.parameters(), twin.parameters()):
+            torch.testing.assert_close(b.grad, a.grad, rtol=1e-4, atol=1e-6)

@@ -12,11 +12,13 @@ from dropclass.data.ade20k import ADE20K_LABEL_MAP
 from dropclass.data.cityscapes import CITYSCAPES, CITYSCAPES_IDS, CITYSCAPES_LABEL_MAP
 from dropclass.data.core import read_mask, write_toy_folder
 from dropclass.prior import TAUS
+from dropclass.run.audit import audit_files
 from dropclass.run.compare import comparison
 from dropclass.run.config import Config
 from dropclass.run.experiment import train_run
 from dropclass.run.predict import file_labels, predict_images, predict_large, predict_mask
-from dropclass.run.tune import tune_run, tuned_model
+from dropclass.run.tuned import tuned_text
+from dropclass.run.tune import tune_file, tune_run, tuned_model
 
 NAMES = ['road','person','bicycle']
 
@@ -119,6 +121,14 @@ def test_four_channels_from_training_to_prediction(tmp_path):
     ours = read_mask(predict_images(run, images, tmp_path/'out')[0][0])
     theirs = read_mask(masks/'000.png')
     assert (ours==theirs)[theirs!=255].float().mean()>.6
+    weights = run.folder/'weights.safetensors' # The file alone says how many channels there are
+    (tmp_path/'classes.txt').write_text('\n'.join(run.spec.names))
+    audited = audit_files(weights=[weights], archs=['small'], data=tmp_path, progress=False)
+    assert audited.images==len([*images.iterdir()])
+    assert tune_file(weights, 'small', tmp_path)[1]==[*run.spec.names]
+    with pytest.raises(ValueError, match='reads images of 4 channels'): tune_file(weights, 'small', 'scenes')
+    same = predict_images(run.load_model(), images, tmp_path/'network', spec=run.spec, size=(32,48))
+    assert torch.equal(read_mask(same[0][0]), ours)
     three = tmp_path/'three.png'
     Image.open(images/'000.png').convert('RGB').save(three)
     with pytest.raises(ValueError, match='three.png has 3 channels'): predict_images(run, three, tmp_path/'no')
@@ -152,6 +162,7 @@ def test_a_run_is_measured_at_the_size_of_the_label_files(shrunk, cityscapes_lik
     assert 'full' not in cityscapes_like[0].metrics['tests'] # It saw the files as they are
     shown = comparison(shrunk, 'full').loc['mIoU'].iloc[-1]
     assert shown==pytest.approx(100*shrunk.metrics['tests']['full'][shrunk.predicts]['miou'])
+    assert tuned_text([shrunk.folder], 'valid', 'plain') and tuned_text([shrunk.folder], 'full')=='' # Not counted there
 
 
 def test_tuning_counts_labels_at_their_own_size(shrunk):

@@ -244,7 +244,8 @@ def test_learner(tmp_path):
     preds,targets = learn.get_preds(dl=learn.dls.valid)
     assert torch.equal(confusion_matrix(preds, targets, C), found.confusions[found.best])
     again = learn.tune_prior()
-    assert again.tau==found.tau and torch.equal(again.confusions, found.confusions), "it starts from the trained network"
+    assert again.tau==found.tau and torch.equal(again.confusions,
+                                                found.confusions), "it starts from the trained network"
     learn.export(tmp_path/'learn.pkl')
     x = toy_batch(2, size=32)[0]
     assert torch.equal(logits(load_learner(tmp_path/'learn.pkl').model.eval(), x), logits(learn.model.eval(), x))

@@ -13,7 +13,8 @@ from torch import nn
 
 from dropclass.core import VOID
 from dropclass.stats import class_stats
-from dropclass.data.scenes import LABEL, RULES, Scenes, context_table, plan_scene, render_scene, scene_spec, scenes_dls, unbiased_dl
+from dropclass.data.scenes import (LABEL, RULES, Scenes, context_table, plan_scene, render_scene, scene_spec,
+                                   scenes_dls, unbiased_dl)
 from dropclass.testing import ToyNet
 
 N = 600
@@ -29,7 +30,8 @@ def digest(n=4):
 
 def test_same_in_another_process():
     code = "import sys; sys.path.insert(0, 'tests'); from test_scenes import digest; print(digest())"
-    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env={**os.environ, 'PYTHONHASHSEED':'123', 'PYTHONPATH':os.pathsep.join(['.', *sys.path])},
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code],
+                         env={**os.environ, 'PYTHONHASHSEED':'123', 'PYTHONPATH':os.pathsep.join(['.', *sys.path])},
                          capture_output=True, text=True, check=True)
     assert out.stdout.split()[-1]==digest()
 
@@ -53,7 +55,8 @@ def test_classes_and_shares(worlds):
         assert share[LABEL['road']]>.3
         assert .0005<share[LABEL['motorcycle']]<.003
         assert presence.mean()<=.5
-        assert presence.min()>=.04, f"{scene_spec().names[presence.argmin()]} is in {presence.min():.1%} of the scenes at bias {bias}"
+        assert presence.min()>=.04, (
+            f"{scene_spec().names[presence.argmin()]} is in {presence.min():.1%} of the scenes at bias {bias}")
         assert 0<(ds.masks==VOID).float().mean()<.1
 
 def test_the_worlds_hold_the_same_classes_as_often():

@@ -1,4 +1,5 @@
-"Networks, losses and tools that do a little more than the usual: the callback and the head must train them, or say why not."
+"""Networks, losses and tools that do a little more than the usual: the callback and the head must train them, or say
+why not."""
 import copy
 import math
 from collections import namedtuple
@@ -6,7 +7,8 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from fastai.vision.all import Callback, Datasets, FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, SchedLin, load_learner
+from fastai.vision.all import (Callback, Datasets, FocalLossFlat, LabelSmoothingCrossEntropyFlat, Learner, SchedLin,
+                               load_learner)
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -57,12 +59,14 @@ class Late(ToyNet):
     def __init__(self):
         super().__init__()
         self.late,self.aux = nn.Conv2d(8, 8, 1, bias=False),nn.BatchNorm2d(8)
-    def forward(self, x): return F.interpolate(self.classifier(self.aux(self.late(self.backbone(x)))), size=x.shape[-2:], mode='bilinear')
+    def forward(self, x): return F.interpolate(self.classifier(self.aux(self.late(self.backbone(x)))),
+                                               size=x.shape[-2:], mode='bilinear')
 
 
 def test_the_optimizer_has_one_order_whenever_the_callback_comes(tmp_path):
     "fastai loads an optimizer's state by position."
-    first,then = toy_learner(model=Late(), path=tmp_path),toy_learner(model=Late(), path=tmp_path, cbs=DropClassCallback())
+    first,then = toy_learner(model=Late(), path=tmp_path),toy_learner(model=Late(), path=tmp_path,
+                                                                      cbs=DropClassCallback())
     first.fit(1, cbs=DropClassCallback())
     first.save('late')
     then.load('late', weights_only=False)
@@ -94,7 +98,9 @@ class Viewed(ToyNet):
     def forward(self, x): return super().forward(x).view(len(x), 4, *x.shape[-2:])
 
 
-@pytest.mark.parametrize('make,options,route', [(ToyNet, {}, 'fused'), (Temperature, {}, 'stacked: the tail learns'), (Refined, dict(classifier='classifier'), 'stacked: the tail needs all channels'),
+@pytest.mark.parametrize('make,options,route',
+                         [(ToyNet, {}, 'fused'), (Temperature, {}, 'stacked: the tail learns'),
+                          (Refined, dict(classifier='classifier'), 'stacked: the tail needs all channels'),
                                                 (Viewed, {}, 'stacked: the tail needs all channels')])
 def test_only_a_tail_that_stays_a_resize_is_left_out(make, options, route):
     learn,cb = toy_learner(model=make()),DropClassCallback(**options)
@@ -112,7 +118,9 @@ def test_a_parameter_behind_the_classifier_learns():
 
 # ---- losses, labels and outputs
 
-@pytest.mark.parametrize('loss_func', [LabelSmoothingCrossEntropyFlat(axis=1), FocalLossFlat(axis=1), lambda p,t,reduction='mean': F.cross_entropy(p, t, reduction=reduction)])
+@pytest.mark.parametrize('loss_func',
+                         [LabelSmoothingCrossEntropyFlat(axis=1), FocalLossFlat(axis=1),
+                          lambda p,t,reduction='mean': F.cross_entropy(p, t, reduction=reduction)])
 def test_a_loss_without_ignore_index(loss_func):
     learn = toy_learner(loss_func=loss_func)
     for dl in learn.dls.loaders: dl.dataset = [(x, torch.where(y==VOID, 0, y)) for x,y in dl.dataset]
@@ -150,9 +158,12 @@ class Returns(ToyNet):
     def forward(self, x): return self.wrap(super().forward(x.to(self.classifier.weight.dtype)))
 
 
-@pytest.mark.parametrize('wrap', [lambda o: Out(o, o[:,:1]), lambda o: (o, None), lambda o: {'out':o, 'loss':o.mean()}, lambda o: [o, 'name']])
+@pytest.mark.parametrize('wrap',
+                         [lambda o: Out(o, o[:,:1]), lambda o: (o, None), lambda o: {'out':o, 'loss':o.mean()},
+                          lambda o: [o, 'name']])
 def test_outputs_with_more_than_logits(wrap):
-    "Named tuples, None, scalars and text pass; only what has rows is split. The network asks its classifier for its weight, too."
+    """Named tuples, None, scalars and text pass; only what has rows is split. The network asks its classifier for its
+    weight, too."""
     model,(x, _) = Returns(wrap),toy_batch()
     head = add_dropclass(model)
     with head.dropping(torch.tensor([1.,0.,1.,1.])): plain,drop = split_paths(model(x), len(x))
@@ -170,7 +181,8 @@ def trained(epochs=2):
 
 
 def test_an_average_of_the_weights_answers_by_the_same_path():
-    "Averages copy buffers into each other, and the flag is one; the block's statistics are among those that `update_bn` makes anew."
+    """Averages copy buffers into each other, and the flag is one; the block's statistics are among those that
+    `update_bn` makes anew."""
     learn = toy_learner(n=64)
     add_dropclass(learn.model)
     average = AveragedModel(learn.model)
@@ -231,7 +243,8 @@ def test_predicting_is_no_fit(tmp_path, make, kept):
     data = Datasets(range(20), [[images.__getitem__], [masks.__getitem__]], splits=[range(16), range(16, 20)])
     dls = data.dataloaders(bs=4, num_workers=0)
     dls.c = 4
-    learn = Learner(dls, ToyNet(), nn.CrossEntropyLoss(weight=torch.tensor([1.,2.,3.,4.]), ignore_index=VOID), path=tmp_path, cbs=(cb := make()))
+    learn = Learner(dls, ToyNet(), nn.CrossEntropyLoss(weight=torch.tensor([1.,2.,3.,4.]), ignore_index=VOID),
+                    path=tmp_path, cbs=(cb := make()))
     with learn.no_bar(), learn.no_logging(): learn.fit(2)
     before = list(getattr(cb, kept))
     with learn.no_bar(): learn.get_preds()
@@ -283,11 +296,13 @@ class Drops(ToyNet):
     def __init__(self):
         super().__init__()
         self.drop = nn.Dropout2d(.1)
-    def forward(self, x): return F.interpolate(self.drop(self.classifier(self.backbone(x))), size=x.shape[-2:], mode='bilinear')
+    def forward(self, x): return F.interpolate(self.drop(self.classifier(self.backbone(x))), size=x.shape[-2:],
+                                               mode='bilinear')
 
 
 class DropsInAFunction(ToyNet):
-    def forward(self, x): return F.interpolate(F.dropout2d(self.classifier(self.backbone(x)), .5, self.training), size=x.shape[-2:], mode='bilinear')
+    def forward(self, x): return F.interpolate(F.dropout2d(self.classifier(self.backbone(x)), .5, self.training),
+                                               size=x.shape[-2:], mode='bilinear')
 
 
 @pytest.mark.parametrize('make', [Overwrites, Drops, DropsInAFunction])
@@ -306,7 +321,8 @@ def test_looking_at_the_tail_draws_no_random_numbers():
     model,(x, y) = Before().train(),toy_batch()
     add_dropclass(model)
     before = torch.get_rng_state()
-    assert resize_behind(model, (x[:1],), y.shape[1:])=={'align_corners':False} and torch.equal(torch.get_rng_state(), before)
+    assert resize_behind(model, (x[:1],), y.shape[1:])=={'align_corners':False} and torch.equal(torch.get_rng_state(),
+                                                                                                before)
 
 
 class Beside(ToyNet):
@@ -318,7 +334,9 @@ class Beside(ToyNet):
 
 
 def test_what_is_added_keeps_the_closed_form():
-    assert inspect_classifier(Beside(), 'classifier', 4).form=='closed form' and inspect_classifier(Temperature(), 'classifier', 4).form=='autograd'
+    assert inspect_classifier(Beside(), 'classifier', 4).form=='closed form' and inspect_classifier(Temperature(),
+                                                                                                    'classifier',
+                                                                                                    4).form=='autograd'
 
 
 class Gated(ToyNet):
@@ -328,12 +346,14 @@ class Gated(ToyNet):
         self.gate,self.more = nn.Parameter(torch.zeros(1)),nn.Conv2d(8, 8, 3, padding=1)
     def forward(self, x):
         features = self.backbone(x)
-        return F.interpolate(self.classifier(features+self.gate*self.more(features)), size=x.shape[-2:], mode='bilinear')
+        return F.interpolate(self.classifier(features+self.gate*self.more(features)), size=x.shape[-2:],
+                             mode='bilinear')
 
 
 class Bicubic(ToyNet):
     "Overshoots below zero."
-    def forward(self, x): return self.classifier(F.interpolate(self.backbone(x).sigmoid(), scale_factor=2, mode='bicubic'))
+    def forward(self, x):
+        return self.classifier(F.interpolate(self.backbone(x).sigmoid(), scale_factor=2, mode='bicubic'))
 
 
 class Doubled(ToyNet):
@@ -350,7 +370,8 @@ class Alpha(ToyNet):
         self.backbone.append(nn.AlphaDropout(.2))
 
 
-@pytest.mark.parametrize('make,signed', [(ToyNet, False), (Gated, True), (Bicubic, True), (Doubled, True), (Alpha, True)])
+@pytest.mark.parametrize('make,signed',
+                         [(ToyNet, False), (Gated, True), (Bicubic, True), (Doubled, True), (Alpha, True)])
 def test_features_are_unsigned_only_where_they_stay_so(make, signed):
     assert inspect_classifier(make(), num_classes=4).signed==signed
 
@@ -370,7 +391,8 @@ def test_statistics_of_a_head_that_needs_the_tail():
     seen = []
     head.compensation[1].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
     with torch.no_grad(): model.eval()(x), model.train()(x)
-    assert torch.allclose(seen[0].mean((0, 2, 3)), seen[1].mean((0, 2, 3)), rtol=.5, atol=.05) # BatchNorms before it differ by mode
+    # BatchNorms before it differ by mode
+    assert torch.allclose(seen[0].mean((0, 2, 3)), seen[1].mean((0, 2, 3)), rtol=.5, atol=.05)
 
 
 def test_an_averaged_network_is_exported_as_it_answers():
@@ -481,7 +503,8 @@ def test_lines_do_not_lean_on_their_batch():
 
 
 def test_label_255_is_a_class_where_there_are_so_many():
-    with pytest.raises(ValueError, match='give another `ignore_index`'): resize_cross_entropy(torch.randn(1, 300, 4, 4), torch.full((1, 8, 8), 255))
+    with pytest.raises(ValueError, match='give another `ignore_index`'):
+        resize_cross_entropy(torch.randn(1, 300, 4, 4), torch.full((1, 8, 8), 255))
     found = resize_cross_entropy(torch.zeros(1, 300, 4, 4), torch.full((1, 8, 8), 255), ignore_index=-100)
     assert abs(found.item()-math.log(300))<1e-4
 
@@ -512,7 +535,8 @@ def reach(model, head, x, c=1):
         for keep in (1., 0.):
             keep_mask = torch.ones(4)
             keep_mask[c] = keep
-            with eval_mode(model), head.dropping(keep_mask, in_eval=True): out.append(split_paths(model(x), len(x))[1][:,c])
+            with eval_mode(model), head.dropping(keep_mask, in_eval=True):
+                out.append(split_paths(model(x), len(x))[1][:,c])
     return ((out[0]-out[1]).abs().mean()/out[0].std()).item()
 
 
@@ -531,7 +555,8 @@ class Lora(nn.Module):
     "A convolution with an adapter beside it."
     def __init__(self, base, rank=2, scale=4.):
         super().__init__()
-        self.base,self.a,self.b,self.scale = base,nn.Conv2d(8, rank, 1, bias=False),nn.Conv2d(rank, 4, 1, bias=False),scale
+        self.base,self.a,self.b,self.scale = base,nn.Conv2d(8, rank, 1, bias=False),nn.Conv2d(rank, 4, 1,
+                                                                                              bias=False),scale
     def forward(self, x): return self.base(x)+self.scale*self.b(self.a(x))
 
 
@@ -547,9 +572,11 @@ class Corrected(ToyNet):
 
 def test_scores_of_several_sizes_are_no_one_classifier():
     "The error proposes none of them; one that is named all the same is called a part."
-    with pytest.raises(ValueError, match='has several classifiers: score_deep, classifier') as error: add_dropclass(Skips())
+    with pytest.raises(ValueError, match='has several classifiers: score_deep, classifier') as error:
+        add_dropclass(Skips())
     assert 'classifier=' not in str(error.value)
-    with pytest.warns(UserWarning, match='passes score_deep: a drop there leaves the rest'): add_dropclass(Skips(), classifier='score_deep')
+    with pytest.warns(UserWarning, match='passes score_deep: a drop there leaves the rest'):
+        add_dropclass(Skips(), classifier='score_deep')
 
 
 def test_an_adapter_and_its_convolution_are_one_classifier():
@@ -559,7 +586,8 @@ def test_an_adapter_and_its_convolution_are_one_classifier():
     assert model.classifier is head and head.form=='autograd' and reach(model, head, x)>.02
     partly = ToyNet()
     partly.classifier = Lora(partly.classifier)
-    with pytest.warns(UserWarning, match='a drop there leaves'): partly_head = add_dropclass(partly, classifier='classifier.b')
+    with pytest.warns(UserWarning, match='a drop there leaves'):
+        partly_head = add_dropclass(partly, classifier='classifier.b')
     assert partly_head.compensation[0].in_channels==2 and head.compensation[0].in_channels==8
 
 
@@ -582,7 +610,8 @@ def test_a_classifier_under_two_names():
         head = add_dropclass(model, classifier=name)
         assert model.classifier is model.parts[1] is head
         model.load_state_dict(copy.deepcopy(model.state_dict()))
-        assert torch.equal(model(x), before) and list(remove_dropclass(model).state_dict())==keys and torch.equal(model(x), before)
+        assert torch.equal(model(x), before)
+        assert list(remove_dropclass(model).state_dict())==keys and torch.equal(model(x), before)
 
 
 def test_a_wrapped_network_is_refused():
@@ -661,7 +690,8 @@ def test_activation_checkpointing_with_the_callback(fused):
         learn,cb = toy_learner(model=Checkpointed(on)),DropClassCallback(fused=fused)
         learn.dls.train.rng.seed(0)
         learn.fit(2, cbs=cb)
-        parts.append(torch.tensor([[float(o[k]) for k in ('plain','masked','suppression','total')] for o in cb.rows]).nan_to_num())
+        names = ('plain','masked','suppression','total')
+        parts.append(torch.tensor([[float(o[k]) for k in names] for o in cb.rows]).nan_to_num())
         assert cb.route.startswith('fused' if fused else 'stacked') and get_head(learn.model).step is None
     assert torch.equal(*parts)
 

@@ -1,6 +1,8 @@
-"""Networks of every library people use: DropClass finds the classifier, trains a step, predicts, and comes out again without a trace.
+"""Networks of every library people use: DropClass finds the classifier, trains a step, predicts, and comes out again
+without a trace.
 
-Networks are built from their configuration, with random weights; nothing is downloaded. Each row of results/networks.csv is one of these
+Networks are built from their configuration, with random weights; nothing is downloaded. Each row of
+results/networks.csv is one of these
 tests; set DROPCLASS_WRITE_TABLE=1 to write the file anew. The table is read by nbs/explanations/30_any_network.ipynb.
 """
 import csv
@@ -17,14 +19,16 @@ from torch.nn import functional as F
 from dropclass.features import sample_keep_mask
 from dropclass.head import split_paths
 from dropclass.fold import fold_dropclass
-from dropclass.surgery import add_dropclass, find_classifier, get_head, inspect_classifier, main_output, remove_dropclass
+from dropclass.surgery import (add_dropclass, find_classifier, get_head, inspect_classifier, main_output,
+                               remove_dropclass)
 from dropclass.importance import resize_adjoint
 from dropclass.losses import dropclass_loss
 from dropclass.models import OutputAdapter, create_model
 
 C = 4 # Classes
 table = Path(__file__).parents[1]/'results/networks.csv'
-fields = ['library', 'network', 'classifier', 'kernel', 'follows', 'importance', 'paths', 'features', 'max_rel_error', 'cosine']
+fields = ['library', 'network', 'classifier', 'kernel', 'follows', 'importance', 'paths', 'features', 'max_rel_error',
+          'cosine']
 rows = {}
 
 
@@ -110,7 +114,8 @@ class Segmentor(nn.Module):
         heads = self.decode_head if isinstance(self.decode_head, nn.ModuleList) else [self.decode_head]
         grow = lambda o: F.interpolate(o, size=x.shape[2:], mode='bilinear', align_corners=False)
         *others,logits = [grow(o(features)) for o in heads]
-        return {'out':logits, **{f'aux_{i}':grow(o(features)) for i,o in enumerate(self.auxiliary_head)}, **{f'cascade_{i}':o for i,o in enumerate(others)}}
+        return {'out':logits, **{f'aux_{i}':grow(o(features)) for i,o in enumerate(self.auxiliary_head)},
+                **{f'cascade_{i}':o for i,o in enumerate(others)}}
 
 
 class ByHand(nn.Module):
@@ -122,10 +127,12 @@ class ByHand(nn.Module):
     def forward(self, x): return self.score(self.body(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-def shuffle_net(): return nn.Sequential(nn.Conv2d(3, 12, 3, stride=4, padding=1), nn.ReLU(), nn.Sequential(nn.Conv2d(12, 16*C, 3, padding=1), nn.PixelShuffle(4)))
+def shuffle_net(): return nn.Sequential(nn.Conv2d(3, 12, 3, stride=4, padding=1), nn.ReLU(),
+                                        nn.Sequential(nn.Conv2d(12, 16*C, 3, padding=1), nn.PixelShuffle(4)))
 
 
-small = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=64, patch_size=16)
+small = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32, image_size=64,
+             patch_size=16)
 pyramid = dict(depths=[1,1,1,1], hidden_sizes=[8,16,24,32])
 unet = dict(channels=(8, 12, 16), strides=(2, 2))
 swin = dict(feature_size=12, depths=(1,1,1,1), num_heads=(1,1,1,1))
@@ -136,39 +143,57 @@ _seg,_last = 'segmentation_head.0','layers.12.0'
 nets = [
     Net(_tv, 'FCN ResNet-50', lambda: torchvision_net('fcn_resnet50', aux_loss=True), 'classifier.4'),
     Net(_tv, 'DeepLabV3 ResNet-50', lambda: torchvision_net('deeplabv3_resnet50', aux_loss=False), 'classifier.4'),
-    Net(_tv, 'DeepLabV3 MobileNetV3', lambda: torchvision_net('deeplabv3_mobilenet_v3_large', aux_loss=True), 'classifier.4'),
-    Net(_tv, 'LR-ASPP MobileNetV3', lambda: torchvision_net('lraspp_mobilenet_v3_large'), ('classifier.low_classifier','classifier.high_classifier')),
+    Net(_tv, 'DeepLabV3 MobileNetV3', lambda: torchvision_net('deeplabv3_mobilenet_v3_large', aux_loss=True),
+        'classifier.4'),
+    Net(_tv, 'LR-ASPP MobileNetV3', lambda: torchvision_net('lraspp_mobilenet_v3_large'),
+        ('classifier.low_classifier','classifier.high_classifier')),
     Net(_fa, 'U-Net resnet18', lambda: fastai_unet('resnet18'), _last),
     Net(_fa, 'U-Net resnet34, self-attention', lambda: fastai_unet('resnet34', self_attention=True), _last),
     Net(_fa, 'U-Net xresnet18, no last cross', lambda: fastai_unet('xresnet18', last_cross=False), 'layers.10.0'),
     Net(_fa, 'U-Net squeezenet1_1', lambda: fastai_unet('squeezenet1_1'), 'layers.8.0', marks=[pytest.mark.slow]),
-    Net(_fa, 'U-Net resnet18, BatchNorm last', lambda: fastai_unet('resnet18', norm_type=norm('Batch')), _last, 'autograd'),
+    Net(_fa, 'U-Net resnet18, BatchNorm last', lambda: fastai_unet('resnet18', norm_type=norm('Batch')), _last,
+        'autograd'),
     Net(_fa, 'U-Net resnet18, weight norm', lambda: fastai_unet('resnet18', norm_type=norm('Weight')), _last),
     Net(_fa, 'U-Net resnet18, spectral norm', lambda: fastai_unet('resnet18', norm_type=norm('Spectral')), _last),
     Net(_fa, 'U-Net resnet18, y_range', lambda: fastai_unet('resnet18', y_range=(-4,4)), _last, 'autograd'),
-    *[Net(_smp, o, lambda o=o: smp_net(o), _seg, corners=True) for o in ('Unet','UnetPlusPlus','MAnet','Linknet','FPN','PSPNet','DeepLabV3','DeepLabV3Plus','UPerNet','Segformer')],
+    *[Net(_smp, o, lambda o=o: smp_net(o), _seg, corners=True)
+      for o in ('Unet','UnetPlusPlus','MAnet','Linknet','FPN','PSPNet','DeepLabV3','DeepLabV3Plus','UPerNet',
+                'Segformer')],
     Net(_smp, 'PAN', lambda: smp_net('PAN'), _seg, shape=(2, 3, 128, 128), corners=True), # Too deep for 64 pixels
-    Net(_smp, 'DPT', lambda: smp_net('DPT', 'tu-vit_tiny_patch16_224', dynamic_img_size=True), 'segmentation_head.head.4', corners=True),
+    Net(_smp, 'DPT', lambda: smp_net('DPT', 'tu-vit_tiny_patch16_224', dynamic_img_size=True),
+        'segmentation_head.head.4', corners=True),
     Net(_smp, 'Unet, labels too', lambda: smp_net('Unet', aux_params=dict(classes=3)), _seg),
     Net(_smp, 'Unet, softmax last', lambda: smp_net('Unet', activation='softmax2d'), _seg, 'autograd'),
     Net(_smp, 'FPN, sigmoid last', lambda: smp_net('FPN', activation='sigmoid'), _seg, 'autograd'),
-    Net(_hf, 'SegFormer', lambda: hf_net('Segformer', depths=[1,1,1,1], hidden_sizes=[8,16,24,32], decoder_hidden_size=16), 'model.decode_head.classifier'),
+    Net(_hf, 'SegFormer',
+        lambda: hf_net('Segformer', depths=[1,1,1,1], hidden_sizes=[8,16,24,32], decoder_hidden_size=16),
+        'model.decode_head.classifier'),
     Net(_hf, 'UperNet ConvNeXt', lambda: hf_upernet('ConvNext', **pyramid), 'model.decode_head.classifier'),
-    Net(_hf, 'UperNet Swin', lambda: hf_upernet('Swin', embed_dim=6, depths=[1,1,1,1], num_heads=[1,1,1,1], image_size=64, window_size=4), 'model.decode_head.classifier'),
-    Net(_hf, 'DPT', lambda: hf_net('DPT', **small, backbone_out_indices=[0,1,2,3], neck_hidden_sizes=[8,16,24,32], fusion_hidden_size=16), 'model.head.head.4', corners=True),
+    Net(_hf, 'UperNet Swin',
+        lambda: hf_upernet('Swin', embed_dim=6, depths=[1,1,1,1], num_heads=[1,1,1,1], image_size=64, window_size=4),
+        'model.decode_head.classifier'),
+    Net(_hf, 'DPT',
+        lambda: hf_net('DPT', **small, backbone_out_indices=[0,1,2,3], neck_hidden_sizes=[8,16,24,32],
+                       fusion_hidden_size=16), 'model.head.head.4', corners=True),
     Net(_hf, 'BEiT', lambda: hf_net('Beit', **small, out_indices=[0,1,2,3]), 'model.decode_head.classifier'),
-    Net(_hf, 'Data2VecVision', lambda: hf_net('Data2VecVision', **small, out_indices=[0,1,2,3]), 'model.decode_head.classifier'),
+    Net(_hf, 'Data2VecVision', lambda: hf_net('Data2VecVision', **small, out_indices=[0,1,2,3]),
+        'model.decode_head.classifier'),
     Net(_hf, 'MobileViT', lambda: hf_net('MobileViT', image_size=64), 'model.segmentation_head.classifier.convolution'),
-    Net(_hf, 'MobileViTV2', lambda: hf_net('MobileViTV2', image_size=64, width_multiplier=.5), 'model.segmentation_head.classifier.convolution'),
+    Net(_hf, 'MobileViTV2', lambda: hf_net('MobileViTV2', image_size=64, width_multiplier=.5),
+        'model.segmentation_head.classifier.convolution'),
     Net(_mo, 'BasicUNet 2D', lambda: monai_net('BasicUNet', features=(8,)*6), 'final_conv', shape=square),
     Net(_mo, 'BasicUNet 3D', lambda: monai_net('BasicUNet', 3, features=(8,)*6), 'final_conv', shape=cube),
     Net(_mo, 'UNet 2D', lambda: monai_net('UNet', **unet), 'model.2.conv', 'autograd', square),
     Net(_mo, 'UNet 3D', lambda: monai_net('UNet', 3, **unet), 'model.2.conv', 'autograd', cube),
-    Net(_mo, 'UNet 2D, residual units', lambda: monai_net('UNet', num_res_units=2, **unet), 'model.2.0.conv', 'autograd', square),
-    Net(_mo, 'UNet 3D, residual units', lambda: monai_net('UNet', 3, num_res_units=1, **unet), 'model.2.0.conv', 'autograd', cube),
+    Net(_mo, 'UNet 2D, residual units', lambda: monai_net('UNet', num_res_units=2, **unet), 'model.2.0.conv',
+        'autograd', square),
+    Net(_mo, 'UNet 3D, residual units', lambda: monai_net('UNet', 3, num_res_units=1, **unet), 'model.2.0.conv',
+        'autograd', cube),
     Net(_mo, 'SwinUNETR 2D', lambda: monai_net('SwinUNETR', **swin), 'out.conv.conv', shape=square),
     Net(_mo, 'SwinUNETR 3D', lambda: monai_net('SwinUNETR', 3, **swin), 'out.conv.conv', shape=brick),
-    Net(_mo, 'UNETR 2D', lambda: monai_net('UNETR', img_size=64, feature_size=8, hidden_size=48, mlp_dim=32, num_heads=4), 'out.conv.conv', shape=square),
+    Net(_mo, 'UNETR 2D',
+        lambda: monai_net('UNETR', img_size=64, feature_size=8, hidden_size=48, mlp_dim=32, num_heads=4),
+        'out.conv.conv', shape=square),
     Net(_mo, 'SegResNet 2D', lambda: monai_net('SegResNet', init_filters=8), 'conv_final.2.conv', shape=square),
     Net(_mo, 'AttentionUnet 2D', lambda: monai_net('AttentionUnet', **unet), 'model.2.conv', shape=square),
     Net('mmsegmentation-shaped', 'decode head', Segmentor, 'decode_head.conv_seg'),
@@ -195,7 +220,8 @@ def labels_of(net): return torch.randint(C, (net.shape[0], *net.shape[2:]), gene
 
 
 def train_step(model, head, x, y, keep_mask):
-    "One DropClass step with the auxiliary outputs under a plain loss of their own; returns the two paths and the total loss."
+    """One DropClass step with the auxiliary outputs under a plain loss of their own; returns the two paths and the
+    total loss."""
     model.train()
     opt = torch.optim.SGD(model.parameters(), lr=.01)
     with head.dropping(keep_mask, lam=.5): out = model(x)
@@ -214,14 +240,17 @@ def train_step(model, head, x, y, keep_mask):
 
 
 def brute_force(model, names, x):
-    """Eq. (1) by autograd through the untouched network: gradients of the mean class scores at the classifier's own input, (N,C,K,...); and the size of its output.
+    """Eq. (1) by autograd through the untouched network: gradients of the mean class scores at the classifier's own
+    input, (N,C,K,...); and the size of its output.
 
-    Where two classifiers are added, the features of one run on through the backbone to the other; A is what the classifiers read, so there the graph is cut.
+    Where two classifiers are added, the features of one run on through the backbone to the other; A is what the
+    classifiers read, so there the graph is cut.
     """
     layers,seen = [model.get_submodule(o) for o in names],{}
     def note(m, args, out): seen[m] = args[0],out
     cut = lambda m,args: args[0].detach().requires_grad_()
-    handles = [m.register_forward_hook(note) for m in layers]+[m.register_forward_pre_hook(cut) for m in layers if len(names)>1]
+    handles = [m.register_forward_hook(note) for m in layers]+[m.register_forward_pre_hook(cut)
+                                                               for m in layers if len(names)>1]
     try: out = main_output(model(x))
     finally:
         for o in handles: o.remove()
@@ -248,7 +277,8 @@ def closed_form(layers, m):
             parts.append(o.weight[(None,...)+(None,)*m.dim()]*m)
             continue
         back = {2:F.conv_transpose2d, 3:F.conv_transpose3d}[m.dim()]
-        parts.append(torch.stack([back(m[None,None], o.weight[c:c+1], padding=o.padding, dilation=o.dilation) for c in range(C)], 1))
+        parts.append(torch.stack([back(m[None,None], o.weight[c:c+1], padding=o.padding, dilation=o.dilation)
+                                  for c in range(C)], 1))
     return torch.cat(parts, 2)
 
 
@@ -275,7 +305,8 @@ def used_importance(model, head, x):
 
 
 def check_eq1(model, names, x, corners):
-    "Compare the head's importance with brute force in float64; returns the largest relative error and the smallest cosine of the mean form."
+    """Compare the head's importance with brute force in float64; returns the largest relative error and the smallest
+    cosine of the mean form."""
     model,x = model.double().eval(),x.double()
     disturb_norms(model)
     expected,size = brute_force(model, names, x)
@@ -286,8 +317,10 @@ def check_eq1(model, names, x, corners):
     relative = lambda a,b: ((a-b).abs().max()/b.abs().max()).item()
     if head.form=='autograd': return relative(found, expected),float('nan')
     mean = expected.flatten(3).sum(3)
-    assert relative(found.expand_as(mean), mean)<(1e-10 if all(getattr(o, 'kernel_size', (1,))[0]==1 for o in layers) else .2)
-    return relative(closed_form(layers, tail_map(size, tuple(x.shape[2:]), corners)).detach(), expected),F.cosine_similarity(found.expand_as(mean), mean, dim=2).min().item()
+    assert relative(found.expand_as(mean),
+                    mean)<(1e-10 if all(getattr(o, 'kernel_size', (1,))[0]==1 for o in layers) else .2)
+    return relative(closed_form(layers, tail_map(size, tuple(x.shape[2:]), corners)).detach(),
+                    expected),F.cosine_similarity(found.expand_as(mean), mean, dim=2).min().item()
 
 
 def kernel_of(layer):
@@ -298,7 +331,8 @@ def kernel_of(layer):
 
 @pytest.mark.parametrize('net', [pytest.param(o, marks=o.marks, id=str(o)) for o in nets])
 def test_network(net):
-    "Find, train a step, predict, load a plain checkpoint, take out: the logits are the old ones to the bit. Then Eq. (1)."
+    """Find, train a step, predict, load a plain checkpoint, take out: the logits are the old ones to the bit. Then Eq.
+    (1)."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -334,8 +368,10 @@ def test_network(net):
     error,cosine = check_eq1(model, names, x, net.corners)
     assert error<1e-10
     assert not cosine<.9
-    rows[str(net)] = dict(zip(fields, [net.library, net.name, ' + '.join(names), kernel_of(layer), facts.follows, facts.form,
-        'stacked' if facts.stacks else 'tail runs twice', 'signed' if facts.signed else '>= 0', f'{error:.0e}', '' if cosine!=cosine else f'{cosine:.4f}']))
+    rows[str(net)] = dict(zip(fields,
+                              [net.library, net.name, ' + '.join(names), kernel_of(layer), facts.follows, facts.form,
+        'stacked' if facts.stacks else 'tail runs twice', 'signed' if facts.signed else '>= 0', f'{error:.0e}',
+        '' if cosine!=cosine else f'{cosine:.4f}']))
 
 
 # ---- more than one row each
@@ -348,16 +384,19 @@ def unet_with_residual_tail():
 
 @pytest.mark.parametrize('n', [1, 2])
 def test_residual_tail_runs_twice(n):
-    "MONAI's UNet adds the un-stacked scores behind its last convolution; a batch of one would broadcast silently. Compared with Eq. (1), (2) and (4) done by hand."
+    """MONAI's UNet adds the un-stacked scores behind its last convolution; a batch of one would broadcast silently.
+    Compared with Eq. (1), (2) and (4) done by hand."""
     model,name = unet_with_residual_tail()
     model,x = model.double(),torch.randn(n, 1, 64, 64, dtype=torch.float64)
     grads,_ = brute_force(model, (name,), x)
     expected = model(x).detach()
-    with pytest.warns(UserWarning, match='of what the prediction knows of an image passes'): head = add_dropclass(model, classifier=name)
+    with pytest.warns(UserWarning, match='of what the prediction knows of an image passes'):
+        head = add_dropclass(model, classifier=name)
     for p in head.compensation[1].parameters(): nn.init.normal_(p)
     keep_mask = torch.tensor([1.,0.,1.,1.], dtype=torch.float64)
     calls = []
-    handle = next(m for m in model.model[0].modules() if isinstance(m, nn.Conv2d)).register_forward_pre_hook(lambda *o: calls.append(1))
+    handle = next(m for m in model.model[0].modules()
+                  if isinstance(m, nn.Conv2d)).register_forward_pre_hook(lambda *o: calls.append(1))
     with head.dropping(keep_mask, in_eval=True): logits,drop_logits = split_paths(model(x), n)
     handle.remove()
     assert len(calls)==1, "what stands before the head runs once"
@@ -395,7 +434,9 @@ def test_norm_behind_counts_with_running_statistics():
     with head.dropping(torch.tensor([1.,0.,1.,1.])): out = model(x)
     assert (seen[0]-expected.detach()[None,:,:,None,None]).abs().max()<1e-10*expected.abs().max()
     assert norm.num_batches_tracked==before+2, "once per path, and not for the importance"
-    assert out[:2].mean((0,2,3)).allclose(norm.bias) and out[2:].mean((0,2,3)).allclose(norm.bias), "each path has batch statistics of its own"
+    assert out[:2].mean((0,2,3)).allclose(norm.bias) and out[2:].mean((0,2,
+                                                                       3)).allclose(norm.bias), (
+        "each path has batch statistics of its own")
 
 
 def test_tail_is_forgotten_after_an_error():
@@ -411,26 +452,42 @@ def test_tail_is_forgotten_after_an_error():
 
 def mask_former(name):
     transformers = pytest.importorskip('transformers')
-    swin = transformers.SwinConfig(embed_dim=6, depths=[1,1,1,1], num_heads=[1,1,1,1], image_size=64, window_size=4, out_features=['stage1','stage2','stage3','stage4'])
+    swin = transformers.SwinConfig(embed_dim=6, depths=[1,1,1,1], num_heads=[1,1,1,1], image_size=64, window_size=4,
+                                   out_features=['stage1','stage2','stage3','stage4'])
+    if name=='OneFormer': # Wants a task beside the images
+        sizes = dict.fromkeys(('hidden_dim','conv_dim','mask_dim','dim_feedforward','encoder_feedforward_dim',
+                               'text_encoder_width'), 32)
+        config = transformers.OneFormerConfig(backbone_config=swin, num_labels=C, num_queries=5, num_attention_heads=2,
+            encoder_layers=1, decoder_layers=2, text_encoder_num_layers=1, task_seq_len=9, is_training=False, **sizes)
+        return transformers.OneFormerForUniversalSegmentation(config)
     if name=='MaskFormer':
-        decoder = transformers.DetrConfig(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=5)
-        config = transformers.MaskFormerConfig(backbone_config=swin, decoder_config=decoder, fpn_feature_size=32, mask_feature_size=32, num_labels=C)
+        decoder = transformers.DetrConfig(d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=16,
+                                          decoder_ffn_dim=16, encoder_attention_heads=2, decoder_attention_heads=2,
+                                          num_queries=5)
+        config = transformers.MaskFormerConfig(backbone_config=swin, decoder_config=decoder, fpn_feature_size=32,
+                                               mask_feature_size=32, num_labels=C)
         return transformers.MaskFormerForInstanceSegmentation(config)
-    config = transformers.Mask2FormerConfig(backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=1, decoder_layers=2, num_attention_heads=2,
+    config = transformers.Mask2FormerConfig(backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32,
+                                            encoder_layers=1, decoder_layers=2, num_attention_heads=2,
         encoder_feedforward_dim=16, dim_feedforward=16, num_queries=5, num_labels=C)
     return transformers.Mask2FormerForUniversalSegmentation(config)
 
 
 @pytest.mark.parametrize('adapter', [False, True], ids=['as it is', 'in the adapter'])
-@pytest.mark.parametrize('name', ['MaskFormer', 'Mask2Former'])
+@pytest.mark.parametrize('name', ['MaskFormer', 'Mask2Former', 'OneFormer'])
 def test_mask_transformers_are_refused(name, adapter):
     "They predict masks and a class for each: the error says why that is no place for DropClass."
     torch.manual_seed(0)
     model = mask_former(name).eval()
-    with pytest.raises(ValueError, match='predicts a set of masks'): add_dropclass(OutputAdapter(model) if adapter else model)
+    with pytest.raises(ValueError, match='predicts a set of masks'):
+        add_dropclass(OutputAdapter(model) if adapter else model)
 
 
-@pytest.mark.parametrize('net', [o for o in nets if o.name in ('U-Net resnet18, y_range', 'LR-ASPP MobileNetV3', 'SegFormer', 'UNet 2D, residual units')], ids=str)
+@pytest.mark.parametrize('net',
+                         [o
+                          for o in nets
+                          if o.name in ('U-Net resnet18, y_range', 'LR-ASPP MobileNetV3', 'SegFormer',
+                                        'UNet 2D, residual units')], ids=str)
 def test_callback(net):
     "The same by the callback: two batches, a validation, predictions by the drop path."
     from dropclass.callback import DropClassCallback
@@ -453,7 +510,8 @@ def test_callback(net):
 
 
 def test_hub_checkpoints_hold_the_classifier(tmp_path):
-    "`save_pretrained` and `from_pretrained` know nothing of the head: the plain path's prediction comes back. Folded layers they would lose, and that is said."
+    """`save_pretrained` and `from_pretrained` know nothing of the head: the plain path's prediction comes back. Folded
+    layers they would lose, and that is said."""
     torch.manual_seed(0)
     model,x = next(o for o in nets if o.name=='SegFormer').build().model.eval(),torch.randn(2, 3, 64, 64)
     add_dropclass(model, C, predict='drop')
@@ -466,7 +524,8 @@ def test_hub_checkpoints_hold_the_classifier(tmp_path):
 
 def test_deep_supervision_trains():
     "MONAI's DynUNet returns the scores of several levels as one tensor, in training only."
-    model = monai_net('DynUNet', kernel_size=[3]*4, strides=[1,2,2,2], upsample_kernel_size=[2]*3, filters=[8,12,16,20], deep_supervision=True, deep_supr_num=2)
+    model = monai_net('DynUNet', kernel_size=[3]*4, strides=[1,2,2,2], upsample_kernel_size=[2]*3, filters=[8,12,16,20],
+                      deep_supervision=True, deep_supr_num=2)
     head,x,y = add_dropclass(model.train(), C),torch.randn(2, 1, 64, 64),torch.randint(C, (2, 64, 64))
     keep_mask = torch.tensor([1.,0.,1.,1.])
     with head.dropping(keep_mask, .5): logits,drop_logits = split_paths(model(x), 2)
@@ -488,7 +547,8 @@ def test_sampled_masks_train():
 
 
 def test_table_is_current():
-    "results/networks.csv says what the tests above found. DROPCLASS_WRITE_TABLE=1 writes it, when all have run, slow ones included."
+    """results/networks.csv says what the tests above found. DROPCLASS_WRITE_TABLE=1 writes it, when all have run, slow
+    ones included."""
     if not rows: pytest.skip('no network ran')
     found = {o:rows[o] for o in map(str, nets) if o in rows}
     if os.environ.get('DROPCLASS_WRITE_TABLE') and len(rows)==len(nets):
@@ -496,9 +556,11 @@ def test_table_is_current():
             writer = csv.DictWriter(f, fields, lineterminator='\n')
             writer.writeheader()
             writer.writerows(found.values())
-    with open(table, newline='', encoding='utf-8') as f: stored = {f"{o['library']} {o['network']}":o for o in csv.DictReader(f)}
+    with open(table, newline='', encoding='utf-8') as f:
+        stored = {f"{o['library']} {o['network']}":o for o in csv.DictReader(f)}
     assert list(stored)==[str(o) for o in nets] and len(stored)>=40, "stale: run with DROPCLASS_WRITE_TABLE=1"
     for name,row in found.items():
         for k in fields:
             if k=='cosine': assert abs(float(row[k] or 0)-float(stored[name][k] or 0))<.02
-            elif k!='max_rel_error': assert row[k]==stored[name][k], f"{name}: {k} is stale, run with DROPCLASS_WRITE_TABLE=1"
+            elif k!='max_rel_error':
+                assert row[k]==stored[name][k], f"{name}: {k} is stale, run with DROPCLASS_WRITE_TABLE=1"

@@ -2,7 +2,8 @@
 
     python benchmarks/scenes/confused.py        # a minute on one core
 
-Trains the plan's plain arm with a seed and test scenes that the plan itself never uses, and prints `confused_weights` of its confusion matrix.
+Trains the plan's plain arm with a seed and test scenes that the plan itself never uses, and prints `confused_weights`
+of its confusion matrix.
 """
 import json
 import sys

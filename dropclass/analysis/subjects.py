@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['as_spec', 'learner_spec', 'Subject', 'open_model', 'check_same_classes', 'open_both', 'answer_by', 'open_data',
            'iter_batches', 'show_progress', 'count_images', 'build_network', 'fit_names', 'head_options',
-           'load_network', 'open_images']
+           'file_channels', 'load_network', 'open_images']
 
 # %% ../../nbs/59_analysis.subjects.ipynb #e0c70161
 import json
@@ -21,7 +21,7 @@ from torchvision.models import get_model, list_models, segmentation
 from fastai.data.transforms import get_c
 from fastprogress.fastprogress import progress_bar
 from safetensors import safe_open
-from ..callback import class_names
+from ..learner import class_names
 from ..core import VOID, ClassSpec, check_choice
 from ..data.camvid import camvid_dls
 from ..data.core import FittedItems, SegmentationItems, make_dls, pair_files, read_lines
@@ -33,7 +33,7 @@ from ..surgery import add_dropclass, get_head
 from ..losses import get_ignore_index
 from ..prior import loss_weights
 from ..metrics import batch_parts
-from ..models import create_model, model_names, read_weights
+from ..models import adapt_input, create_model, input_channels, model_names, read_weights
 
 # %% ../../nbs/59_analysis.subjects.ipynb #2e3fa3f7
 def as_spec(
@@ -205,12 +205,13 @@ def count_images(
     return None
 
 # %% ../../nbs/59_analysis.subjects.ipynb #0e6c82f0
-def _smp_network(name, num_classes):
+def _smp_network(name, num_classes, in_chans):
     "A network of segmentation_models.pytorch."
     try: import segmentation_models_pytorch as smp
     except ImportError as e: raise ImportError("smp: networks need `pip install segmentation-models-pytorch`") from e
     family,_,encoder = name.partition(':')
-    try: return smp.create_model(family, encoder_name=encoder or 'resnet34', encoder_weights=None, classes=num_classes)
+    options = dict(encoder_name=encoder or 'resnet34', encoder_weights=None, in_channels=in_chans, classes=num_classes)
+    try: return smp.create_model(family, **options)
     except KeyError as e:
         raise ValueError(f"segmentation_models.pytorch does not know {name!r} ({e}): "
                          "write 'smp:Unet:resnet34', for example") from e
@@ -219,17 +220,19 @@ def _smp_network(name, num_classes):
 def build_network(
     arch:str, # A name of `create_model`, 'torchvision:NAME', or 'smp:ARCH:ENCODER'
     num_classes:int, # Number of classes, C
+    in_chans:int=3, # Channels of the images
 ) -> nn.Module: # The network, with random weights
     "Build a network by its name."
     kind,_,name = arch.partition(':')
     if kind=='torchvision':
         check_choice(name, list_models(module=segmentation), 'arch')
-        return get_model(name, weights=None, weights_backbone=None, num_classes=num_classes, aux_loss=False)
-    if kind=='smp': return _smp_network(name, num_classes)
-    if kind=='timm' or arch in model_names(): return create_model(arch, num_classes)
+        build = partial(get_model, name, weights=None, weights_backbone=None, aux_loss=False)
+        return adapt_input(build(num_classes=num_classes), in_chans)
+    if kind=='smp': return _smp_network(name, num_classes, in_chans)
+    if kind in ('timm','unet') or arch in model_names(): return create_model(arch, num_classes, in_chans=in_chans)
     known = ', '.join(map(repr, model_names()))
-    raise ValueError(f"`arch` must be one of {known}, 'timm:NAME', 'torchvision:NAME' or 'smp:ARCH:ENCODER', "
-                     f"got {arch!r}")
+    raise ValueError(f"`arch` must be one of {known}, 'timm:NAME', 'unet:NAME', 'torchvision:NAME' "
+                     f"or 'smp:ARCH:ENCODER', got {arch!r}")
 
 # %% ../../nbs/59_analysis.subjects.ipynb #db1d8571
 _WRAPPERS = ('','module.','_orig_mod.','model.','net.','module._orig_mod.')
@@ -280,13 +283,21 @@ def _check_fit(weights, state, network):
         if there!=wanted: raise ValueError(f"has {there} for {k!r}, {network} needs {wanted}: {_TRAINED_WITH}")
 
 # %% ../../nbs/59_analysis.subjects.ipynb #990383b7
+def file_channels(
+    file:str|Path, # Weights: .safetensors, or .pth / .pt written by `torch.save`
+    arch:str, # The network, see `build_network`
+) -> int: # Channels of the images that the network reads
+    "Read off a weights file how many channels its images have."
+    weights,model = read_weights(file),build_network(arch, 2)
+    return input_channels(model, fit_names(weights, model.state_dict()))
+
 def load_network(
     file:str|Path, # Weights: .safetensors, or .pth / .pt written by `torch.save`
     arch:str, # The network, see `build_network`
     num_classes:int, # Number of classes, C
 ) -> nn.Module: # The network with these weights, in evaluation mode
     "Rebuild a network from its weights file."
-    weights,model = read_weights(file),build_network(arch, num_classes)
+    weights,model = read_weights(file),build_network(arch, num_classes, file_channels(file, arch))
     if any('.compensation.' in k for k in weights): add_dropclass(model, num_classes, **head_options(file))
     state = model.state_dict()
     weights = fit_names(weights, state)
@@ -324,6 +335,9 @@ def open_images(
     check_choice(test, ['valid','unbiased'] if kind=='scenes' else ['valid'], 'test')
     if names is not None and kind!='folder':
         raise ValueError(f"Class names are for a folder of `images` and `masks`; {path} has its own: leave them out")
+    if in_chans!=3 and kind!='folder':
+        raise ValueError(f"The network reads images of {in_chans} channels, those of {path} have 3: "
+                         "give a folder of such images")
     read = dict(label_map=label_map, in_chans=in_chans, bits=bits)
     if kind=='folder': return *_open_folder(path, names, fit=fit, read=read, **options),None
     dls = scenes_dls(**options) if kind=='scenes' else camvid_dls(path, **options)

@@ -16,6 +16,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from functools import partial
+from numbers import Real
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -26,14 +27,14 @@ from torch.nn import functional as F
 from fastcore.basics import GetAttr, num_cpus, patch
 from fastai.torch_basics import ItemTransform, Transform
 from fastai.data.core import DataLoaders, TfmdDL
-from fastai.data.transforms import IntToFloatTensor, Normalize, get_image_files
+from fastai.data.transforms import IntToFloatTensor, Normalize, image_extensions
 from fastai.losses import CrossEntropyLossFlat
 from fastai.learner import Learner
 from fastai.torch_core import TensorBase, TensorImage, TensorMask, default_device
 from fastai.vision.augment import RandTransform
 from fastai.vision.core import imagenet_stats
 import fastai.vision.learner # Teaches `show_batch` and `show_results` to draw images with masks
-from ..core import VOID, ClassSpec, colorize
+from ..core import VOID, ClassSpec, check_device, colorize
 
 # %% ../../nbs/40_data.core.ipynb #5120fd36
 def write_toy_folder(
@@ -195,11 +196,20 @@ def labels_from_colors(
     return torch.from_numpy(labels)
 
 # %% ../../nbs/40_data.core.ipynb #0f02d72a
+def _pictures(folder, above=()):
+    "The pictures of a folder and its subfolders; a link back to a folder above is not followed."
+    above,found = (*above, folder.resolve()),[]
+    for o in folder.iterdir():
+        if o.name.startswith('.'): continue
+        if not o.is_dir(): found += [o]*(o.suffix.lower() in image_extensions)
+        elif o.resolve() not in above: found += _pictures(o, above)
+    return found
+
 def _by_stem(folder, pattern):
     "Find the pictures whose name fits `pattern`, by subfolder and stem."
     if not Path(folder).is_dir(): raise FileNotFoundError(f"There is no folder {folder}")
     rule = re.compile(re.escape(pattern).replace(re.escape('{stem}'), '(.+)'))
-    files = sorted(get_image_files(folder))
+    files = sorted(_pictures(Path(folder)))
     if not files: raise ValueError(f"Folder {folder} holds no pictures: give the folder with the files")
     found = {}
     for o in files:
@@ -521,8 +531,9 @@ class BatchTransform(RandTransform):
         ignore_index:int=VOID, # Label outside the image
     ):
         for name,o in (('crop',crop), ('scale',scale)):
-            if o is None or isinstance(o, (tuple,list)) and len(o)==2: continue
+            if o is None or isinstance(o, (tuple,list)) and len(o)==2 and all(isinstance(v, Real) for v in o): continue
             raise ValueError(f"`{name}` must be a pair of numbers, got {o!r}")
+        if crop is not None and not min(crop)>=1: raise ValueError(f"`crop` must be at least one pixel high and wide, got {crop}")
         if not 0<scale[0]<=scale[1]: raise ValueError(f"`scale` must be a pair of positive numbers, smallest first, got {scale}")
         if not 0<=flip<=1: raise ValueError(f"`flip` is a probability and must lie in [0,1], got {flip}")
         super().__init__(p=1.)
@@ -676,10 +687,19 @@ def _prepare(items, spec):
 def _checked_stats(stats, in_chans):
     "Mean and standard deviation for images of so many channels."
     if stats is None: return channel_stats(in_chans)
-    if all(len(o)==in_chans for o in stats): return stats
+    alike = lambda o: isinstance(o, (tuple,list,np.ndarray,Tensor)) and len(o)==in_chans
+    if isinstance(stats, (tuple,list)) and len(stats)==2 and all(map(alike, stats)): return stats
     raise ValueError(f"`stats` must be a mean and a standard deviation for each of {in_chans} channels, got {stats}")
 
 # %% ../../nbs/40_data.core.ipynb #6b72ade0
+def _check_loaders(train_ds, valid_ds, bs, valid_bs, num_workers, n=None):
+    "Refuse data sets and numbers that no batch can be made of."
+    for name,o,least in (('bs',bs,1), ('valid_bs',valid_bs,1), ('num_workers',num_workers,0)):
+        if o is not None and not o>=least: raise ValueError(f"`{name}` must be {least} or more, got {o}")
+    if len(train_ds)<bs: raise ValueError(f"A batch of {bs} needs as many training images, got {len(train_ds)}: lower `bs`")
+    if n is not None and n>len(train_ds): raise ValueError(f"`n` must be at most {len(train_ds)}, the number of training images, got {n}")
+    if not len(valid_ds): raise ValueError("There are no validation images: hold some out")
+
 def make_dls(
     train_ds, # Training pairs: bytes (channels,H,W) and labels (H,W), all of one size
     valid_ds, # Validation pairs, of the same kind
@@ -698,15 +718,14 @@ def make_dls(
     **kwargs, # More for the training loader
 ) -> DataLoaders: # With `vocab`, `c`, `spec` and `in_chans`
     "Make DataLoaders out of two sequences of (image bytes, labels)."
-    if len(train_ds)<bs: raise ValueError(f"A batch of {bs} needs as many training images, got {len(train_ds)}: lower `bs`")
-    if not len(valid_ds): raise ValueError("There are no validation images: hold some out")
+    _check_loaders(train_ds, valid_ds, bs, valid_bs, num_workers, kwargs.get('n') if dl_type is TfmdDL else None)
     prepare,stats = _prepare(valid_ds, spec),_checked_stats(stats, len(valid_ds[0][0]))
     after = [IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False), ClassColors(spec)]
     random_crop = [BatchTransform(crop, scale, flip, stats[0], spec.ignore_index)] if augment else []
     shared = dict(after_item=[prepare], num_workers=num_workers)
     train = dl_type(SegmentationDataset(train_ds, spec, 0), bs=bs, shuffle=True, drop_last=True, after_batch=random_crop+after, **shared, **kwargs)
     valid = TfmdDL(SegmentationDataset(valid_ds, spec, 1), bs=valid_bs or bs, after_batch=after, **shared)
-    return DataLoaders(train, valid, path=path, device=default_device() if device is None else device)
+    return DataLoaders(train, valid, path=path, device=default_device() if device is None else check_device(device))
 
 # %% ../../nbs/40_data.core.ipynb #c83e6446
 class Mirror(Transform):

@@ -20,7 +20,7 @@ def repeated_images(
 ) -> list: # Positions of images, those that come several times in a row
     "Repeat the images that hold certain classes."
     for label,n in times.items():
-        if isinstance(n, bool) or n!=int(n) or n<1: raise ValueError(f"`times` must be whole numbers from 1 up, got {n!r} for class {label}: 2 shows its images twice an epoch")
+        if isinstance(n, bool) or n!=int(n) or not 1<=n<=10000: raise ValueError(f"`times` must be whole numbers from 1 to 10000, got {n!r} for class {label}: 2 shows its images twice an epoch")
         if not counts[:,label].any(): raise ValueError(f"No training image holds class {label}, so none can be repeated: take the class out of `times`")
     often = torch.ones(len(counts), dtype=torch.long)
     for label,n in times.items(): often = torch.where(counts[:,label]>0, often.clamp(min=int(n)), often)

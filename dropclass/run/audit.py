@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fastai.torch_core import default_device
 from ..analysis.audit import Audit, audit
-from ..analysis.subjects import Subject, answer_by, load_network, open_images
+from ..analysis.subjects import Subject, answer_by, file_channels, load_network, open_images
 from ..core import check_device
 from .experiment import image_options, load_run
 
@@ -73,6 +73,7 @@ def audit_files(
     loader = spec = counts = None
     if data is not None:
         options = image_options(load_run(runs[0]).config) if runs else {}
+        if not runs: options['in_chans'] = file_channels(weights[0], archs[0])
         if size: options['size'] = size
         loader,spec,counts = open_images(data, names=names, test=kwargs.get('test', 'valid'), **options)
     first,*others = open_subjects(runs, weights, archs, spec, path, device)

@@ -6,17 +6,18 @@
 __all__ = ['in_command', 'command_words', 'one_line_errors', 'read_size', 'read_options', 'read_times', 'takers', 'annotation_of',
            'option_kinds', 'typed_options', 'without_suppression', 'check_used', 'make_config', 'folder_config',
            'default_folder', 'train_command', 'show_recipes', 'written', 'example_of', 'show_options', 'takes_settings',
-           'train', 'compare', 'predict', 'audit', 'tune', 'demo']
+           'train', 'compare', 'predict', 'audit', 'read_numbers', 'tune', 'demo']
 
 # %% ../../nbs/72_run.cli.ipynb #cfa621bb
 import inspect
+import math
 import os
 import re
 import sys
 import time
 import warnings
 from argparse import BooleanOptionalAction
-from contextlib import contextmanager, ExitStack
+from contextlib import contextmanager, ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import MISSING, asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -55,23 +56,41 @@ def command_words(
     text = re.sub(rf"\b({names})=(?:(True|False|[\d.]+)|'([^']*)')", given, text)
     return ' '.join(re.sub(rf'`({names})`', lambda m: f'`{flags[m[1]]}`', text).split())
 
-# %% ../../nbs/72_run.cli.ipynb #7a67c58a
-def _harmless(text):
-    "A text without what would steer a terminal."
-    from dropclass.core import printable
-    return printable(text)
+# %% ../../nbs/72_run.cli.ipynb #5ca1ab1e
+class _Harmless:
+    "A stream on which no name, of a class, file or folder, steers the terminal."
+    def __init__(self, stream): self.stream = stream
+    def __getattr__(self, name): return getattr(self.stream, name)
+    def write(self, text):
+        from dropclass.core import printable
+        bar = text[:1]=='\r' # A progress bar draws over itself
+        return self.stream.write('\r'*bar+printable(text[bar:]))
 
+@contextmanager
+def _in_a_terminal(debug):
+    "In a command, print harmless text, and a warning as one line."
+    if not in_command():
+        yield
+        return
+    usual = warnings.formatwarning
+    warnings.filterwarnings('ignore', category=FutureWarning)
+    if not debug: warnings.formatwarning = lambda message, *_: f"Warning: {command_words(message)}\n"
+    try:
+        with redirect_stdout(_Harmless(sys.stdout)), redirect_stderr(_Harmless(sys.stderr)): yield
+    finally: warnings.formatwarning = usual
+
+# %% ../../nbs/72_run.cli.ipynb #7a67c58a
 @contextmanager
 def one_line_errors(
     debug:bool=False, # Show the traceback?
     interrupted=lambda: "", # Makes the sentence that says, after Ctrl-C, what is left
 ):
     "In a command, make one line of what the user can mend (exit code 2), a diverged training (1) and Ctrl-C (130)."
-    if in_command(): warnings.filterwarnings('ignore', category=FutureWarning)
-    try: yield
+    try:
+        with _in_a_terminal(debug): yield
     except KeyboardInterrupt:
         if not in_command(): raise
-        print(f"\nInterrupted. {interrupted()}".rstrip(), file=sys.stderr)
+        print(f"\nInterrupted. {interrupted()}".rstrip(), file=_Harmless(sys.stderr))
         raise SystemExit(130) from None
     except BrokenPipeError: # The reader, `head` say, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -80,7 +99,8 @@ def one_line_errors(
         if debug or not in_command(): raise
         diverged = isinstance(e, FloatingPointError) # What may befall any one of several processes
         if diverged or os.environ.get('LOCAL_RANK', '0')=='0':
-            print(_harmless(f"Error: {command_words(e, '--path' if is_cli(train) else '--path-of')}"), file=sys.stderr)
+            said = f"Error: {command_words(e, '--path' if is_cli(train) else '--path-of')}"
+            print(said, file=_Harmless(sys.stderr))
         raise SystemExit(1 if diverged else 2) from None
 
 # %% ../../nbs/72_run.cli.ipynb #01c074b6
@@ -105,6 +125,7 @@ def read_options(
         key,equals,value = (o.strip() for o in part.partition('='))
         if not (key.isidentifier() and equals and value):
             raise ValueError(f"`{name}` must be KEY=VALUE, several with commas between, got {part!r}")
+        if key in options: raise ValueError(f"`{name}` gives {key!r} twice: leave out one of them")
         options[key] = read_value(value, (kinds or {}).get(key), key)
     return options
 
@@ -141,6 +162,7 @@ def annotation_of(
 ): # Its annotation, else the type of its default; None where both say nothing
     "Find out what a parameter may be."
     if name in ('lam','drop_prob','p'): return float|str # A schedule, see `read_schedule`
+    if name=='n': return int # Of a loader, whose signature does not say it
     found = inspect.signature(function).parameters[name]
     if found.annotation is not found.empty: return found.annotation
     return type(found.default) if isinstance(found.default, (bool,int,float,tuple)) else None
@@ -249,7 +271,7 @@ def default_folder(
 def _report(run):
     "Print a finished run: classes, means, picture."
     from dropclass.run.compare import comparison, format_comparison
-    print('\n'+_harmless(format_comparison(comparison(run))))
+    print('\n'+format_comparison(comparison(run)))
     for test in [o for o in run.metrics['tests'] if o!='valid']:
         means = comparison(run, test).iloc[-2:,-1]
         print(f"On the {test} test set: mIoU {means['mIoU']:.1f}, rare mIoU {means['rare mIoU']:.1f}")
@@ -419,7 +441,7 @@ def compare(
         from dropclass.run.compare import save_comparison, show_comparison
         from dropclass.run.tuned import tuned_text
         df = show_comparison(runs, test, path_of, by_run)
-        if tuned := tuned_text(runs, test, path_of): print(_harmless(f"\n{tuned}"))
+        if tuned := tuned_text(runs, test, path_of): print(f"\n{tuned}")
         if save: print(f"\nWritten to {save_comparison(df, save, overwrite)}")
         return df
 
@@ -445,7 +467,7 @@ def predict(
         progress = partial(show_progress, progress=sys.stdout.isatty())
         files = predict_images(run, images, out, path_of, size=read_size(size), alpha=alpha, overwrite=overwrite,
                                progress=progress, device=device, tile=tile, tuned=tuned)
-        print(_harmless(f"{len(files)} images labelled: {out/'masks'}, {out/'overlays'}, {out/'legend.png'}"))
+        print(f"{len(files)} images labelled: {out/'masks'}, {out/'overlays'}, {out/'legend.png'}")
         return files
 
 # %% ../../nbs/72_run.cli.ipynb #84c87131
@@ -471,7 +493,7 @@ def audit(
 ):
     "Report what a trained network leans on, mixes up and misses."
     with one_line_errors(debug, lambda: "Nothing was written."):
-        from dropclass.analysis.audit import audit_summary, check_report, printable
+        from dropclass.analysis.audit import audit_summary, check_report
         from dropclass.run.audit import audit_files
         split = lambda text: [o for o in (text or '').split(',') if o]
         named = [*(Path(o).resolve().name for o in runs), *(Path(o).stem for o in split(model))]
@@ -482,40 +504,62 @@ def audit(
         files = found.report(out, overwrite)
         if found.cut_short: print(f"Cut short: looked at {found.images} of {found.total} images.")
         also = f", and the same as {files[1].name} and JSON beside it" if len(files)>3 else ''
-        print(printable('\n'.join([*audit_summary(found), f"\nWritten: {files[0]}{also}"])))
+        print('\n'.join([*audit_summary(found), f"\nWritten: {files[0]}{also}"]))
         return files
 
 # %% ../../nbs/72_run.cli.ipynb #5b424849
-@call_parse
+def read_numbers(
+    text:str|None, # '0.5,1,2'; None stays None
+    name:str, # The option, for the error
+) -> list|None: # The numbers
+    "Read numbers with commas between."
+    try:
+        found = None if text is None else [float(o) for o in text.split(',')]
+        if found is None or all(map(math.isfinite, found)): return found
+    except ValueError: pass
+    raise ValueError(f"`{name}` must be numbers with commas between, '0.5,1,2' say, got {text!r}")
+
+def _check_tuned(run, model, others):
+    "Refuse to tune nothing, or two things, or with an option that would be ignored."
+    if (run is None)==(model is None):
+        raise ValueError("Give a run's folder, or --model with --arch and --data: one of the two")
+    given = [k for k,v in others.items() if v is not None]
+    if run is not None and given: raise ValueError(f"`--{given[0]}` is for --model, a run knows its own: leave it out")
+    if run is None and None in (others['arch'], others['data']):
+        raise ValueError("--model needs --arch, its architecture, and --data, labelled images")
+    if others['out'] and others['out'].is_file(): raise FileExistsError(f"{others['out']} is a file: give a folder")
+
+@call_parse(pos=['run'])
 def tune(
-    run:Annotated[Path, {'nargs':'?'}]=None, # A run's folder; tuning.json and tuning.png go there
+    run:Path=None, # A run's folder; tuning.json and tuning.png go there
     model:Path=None, # Weights of a network instead, .safetensors or .pth
     arch:str=None, # Its architecture: small, torchvision:NAME, timm:NAME, smp:ARCH:ENCODER ...
     data:Path=None, # With --model: folder with images, masks and classes.txt, or a copy of CamVid
     weights:str=None, # With --model: class weights it was trained with, commas between (none)
     size:str=None, # With --model: height x width to bring the images to, such as 192x256
-    on:str='train', # Images of a run to tune on: train, or valid
+    on:str='valid', # Images of a run to tune on: valid, or train
+    # Values of tau to try: --taus=-1.5,-1,-0.5,0 for a network trained without weights, say (-0.5 to 1.5)
+    taus:str=None,
     metric:str='miou', # What to maximise: miou or rare_miou
     out:Path=None, # With --model: folder for tuning.json and tuning.png (tuning)
     debug:bool=False, # Show the traceback of an error
 ):
     "Find in one pass how far the class bias of a trained network should be taken back."
     with one_line_errors(debug, lambda: "Nothing was written."):
+        from dropclass.prior import TAUS
         from dropclass.run.experiment import load_run
         from dropclass.run.tune import save_tuning, tune_file, tune_run
-        if (run is None)==(model is None):
-            raise ValueError("Give a run's folder, or --model with --arch and --data: one of the two")
+        _check_tuned(run, model, dict(arch=arch, data=data, weights=weights, size=size, out=out))
+        taus = read_numbers(taus, '--taus') or TAUS
         if run is not None:
             opened = load_run(run)
-            found,names,out = tune_run(opened, on, metric),list(opened.spec.names),run
-        elif arch is None or data is None:
-            raise ValueError("--model needs --arch, its architecture, and --data, labelled images")
+            found,names,out = tune_run(opened, on, metric, taus),list(opened.spec.names),run
         else:
-            given = None if weights is None else [float(o) for o in weights.split(',')]
-            found,names = tune_file(model, arch, data, given, read_size(size), metric)
+            given = read_numbers(weights, '--weights')
+            found,names = tune_file(model, arch, data, given, read_size(size), metric, taus)
         files = save_tuning(found, out or Path('tuning'), names)
         tables = '\n\n'.join(o.round(1).to_string() for o in (found.table(), found.classes(names)))
-        print(_harmless(f"{found}\n\n{tables}\n\nWritten: {files[0]}, {files[1].name}"))
+        print(f"{found}\n\n{tables}\n\nWritten: {files[0]}, {files[1].name}")
         return files
 
 # %% ../../nbs/72_run.cli.ipynb #f749fa2f

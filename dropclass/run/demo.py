@@ -43,6 +43,8 @@ def check_demo(
 ):
     "Refuse settings that no run could start with."
     for o in configs.values():
+        least = min(o['data_options'][k] for k in ('n_train','n_valid'))
+        if least<1: raise ValueError(f"The demo needs at least 1 scene to train on and 1 to test on, got {least}")
         make_method(Config(**o))
         check_scene_size(o['size'])
 

@@ -225,13 +225,16 @@ def _labeller(model, spec, tuned, device):
     "A run or a network, ready to label images."
     from dropclass.run.compare import read_run
     from dropclass.run.experiment import load_run
+    from dropclass.surgery import make_probe
     if isinstance(model, (str,Path)): model = load_run(read_run(model).folder)
     if hasattr(model, 'load_model'):
         found = _open_run(model, tuned, device)
         return found._replace(spec=spec or found.spec)
     if tuned: raise ValueError("`tuned=True` is for runs, and this is a network: shift it by `shift_classes`")
     if spec is None: raise ValueError("`spec` is missing: give the `ClassSpec` of the network's classes")
-    return _Labeller(model, spec, dict(size=None), {}, None)
+    try: in_chans = make_probe(model).shape[1]
+    except ValueError: in_chans = 3 # No square picture goes through
+    return _Labeller(model, spec, dict(size=None), dict(in_chans=in_chans), None)
 
 def _way(net, size, tile, progress):
     "The function that labels one image."

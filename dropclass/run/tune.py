@@ -11,27 +11,29 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from ..analysis.subjects import load_network, open_images
+from ..analysis.subjects import file_channels, load_network, open_images
 from ..core import check_choice, writing, write_json
 from ..data.core import full_size_dl
-from ..prior import PriorTuning, shift_classes, tune_prior
+from ..prior import TAUS, PriorTuning, shift_classes, tune_prior
 from .experiment import Run, known_weights, load_run, make_weights
 from ..stats import class_counts
 
 # %% ../../nbs/77_run.tune.ipynb #ce15d72a
-TUNE_ON = ('train','valid')
+TUNE_ON = ('valid','train')
 
 def tune_run(
     run:Run, # A finished run
-    on:str='train', # Tune on the images it was trained on, 'train', or on those that validate, 'valid'
+    on:str='valid', # Tune on the images that validate, 'valid', or on those it was trained on, 'train'
     metric:str='miou', # What to maximise: 'miou' or 'rare_miou'
+    taus=TAUS, # Values to try
 ) -> PriorTuning: # The curve and the best tau
     "Find the tau of a run."
     dls = run.load_data()
     dl = full_size_dl(dls.valid if check_choice(on, TUNE_ON, 'on')=='valid' else dls.valid.new(dls.train.dataset))
     weights,counts = make_weights(run.config, dls),class_counts(dls.train.dataset)
     if weights is not None: weights = known_weights(weights)
-    return tune_prior(run.load_model().to(dls.device), dl, weights, counts, metric, ignore_index=dls.spec.ignore_index)
+    model = run.load_model().to(dls.device)
+    return tune_prior(model, dl, weights, counts, metric, taus, dls.spec.ignore_index)
 
 # %% ../../nbs/77_run.tune.ipynb #15942ec6
 def save_tuning(
@@ -88,12 +90,13 @@ def tune_file(
     weights=None, # Class weights it was trained with (C,); None if with none
     size:tuple|None=None, # Height and width to bring the images to; None is the data set's own
     metric:str='miou', # What to maximise: 'miou' or 'rare_miou'
+    taus=TAUS, # Values to try
 ) -> tuple: # What was found, and the class names
     "Find the tau of a network that is a file."
-    dl,spec,counts = open_images(data, size)
+    dl,spec,counts = open_images(data, size, in_chans=file_channels(file, arch))
     if counts is None: counts = class_counts(dl.dataset)
     if weights is not None and len(weights)!=len(spec):
         raise ValueError(f"There are {len(weights)} class weights for {len(spec)} classes "
                          f"({', '.join(spec.names)}): give one per class, in their order")
     model = load_network(file, arch, len(spec)).to(dl.device)
-    return tune_prior(model, dl, weights, counts, metric, ignore_index=spec.ignore_index),list(spec.names)
+    return tune_prior(model, dl, weights, counts, metric, taus, spec.ignore_index),list(spec.names)

@@ -116,17 +116,18 @@ def tuned_text(
     folders:Iterable, # Folders of runs
     test:str='valid', # Test set to score
     path:str|None=None, # 'plain', 'drop' or 'mean' where a run has it; None is the path that predicts
-) -> str: # A table with a line of explanation; empty where a run has no `prior.npz`
-    "Put runs side by side as trained, and with the class bias that their training images choose."
+) -> str: # A table with a line of explanation; empty where nothing was counted
+    "Put runs side by side as trained, and tuned: each half of the images at the tau that the other half chooses."
     folders = [Path(o) for o in folders]
-    if not all((o/'prior.npz').is_file() for o in folders): return ''
-    own = [path if f'{test}/{path}/halves' in prior_counts(o) else None for o in folders] # A plain run has one path
-    rules = {'as trained':0., 'tuned':'train'}
+    counted = test!='full' and all((o/'prior.npz').is_file() for o in folders)
+    if not counted: return ''
+    own = [path if path in load_run(o).metrics['tests'].get(test, {}) else None for o in folders] # A plain run has one
+    rules = {'as trained':0., 'tuned':'half'}
     found = [tuned_rows([o], rules, (test,), p).set_index('rule') for o,p in zip(folders, own)]
     cells = [{'tau':f"{o.tau['tuned']:g}", **{f'{name}, {rule}':f'{o[column][rule]:.1f}'
               for column,name in (('miou','mIoU'),('rare','rare mIoU')) for rule in o.index}} for o in found]
     table = pd.DataFrame(cells, index=[o.name for o in folders])
-    return f"Class bias tuned on each run's own training images ({test}):\n\n{table.to_string()}"
+    return f"Class bias tuned, each half of the images on the other half ({test}):\n\n{table.to_string()}"
 
 # %% ../../nbs/76_run.tuned.ipynb #d15edc26
 def plot_taus(
@@ -134,7 +135,7 @@ def plot_taus(
     test:str='valid', # Test set
     names:dict|None=None, # Arm -> name in the legend; None takes the arm's own
     rare:bool=False, # Rare classes instead of mIoU?
-    choose:str='train', # Images that the mark is chosen on
+    choose:str|None=None, # Images that the mark is chosen on; None is each half of the test set
     ax=None, # Matplotlib axes; None makes new ones
 ): # The axes
     "Plot the curves of several arms, each the mean over its seeds."
@@ -145,7 +146,7 @@ def plot_taus(
     for arm,grids in arms.items():
         curves = torch.stack([counts_miou(*o.totals(test).unbind(-2), classes=o.rare if rare else None) for o in grids])
         line, = ax.plot(grids[0].taus, 100*curves.mean(0), label=(names or {}).get(arm, arm))
-        for i in {best_tau(o, choose) for o in grids}:
+        for i in {best_tau(o, choose or test, half) for o in grids for half in ((None,) if choose else (0,1))}:
             ax.plot(grids[0].taus[i], 100*curves[:,i].mean(), 'o', ms=4, color=line.get_color())
     ax.axvline(0, color='.7', lw=.8)
     ax.set(xlabel='tau', ylabel='rare mIoU, %' if rare else 'mIoU, %')

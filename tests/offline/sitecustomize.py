@@ -1,7 +1,9 @@
 """No network in tests: connecting to, or looking up, any host but this machine raises at once.
 
-Python imports a module of this name at start when its folder is on PYTHONPATH. `make test` puts it there, so every process obeys:
-pytest, the workers of nbdev-test, and whatever they start. The error is no OSError on purpose: code that retries a bad connection or
+Python imports a module of this name at start when its folder is on PYTHONPATH. `make test` puts it there, so every
+process obeys:
+pytest, the workers of nbdev-test, and whatever they start. The error is no OSError on purpose: code that retries a bad
+connection or
 falls back to a cache would hide a forgotten download.
 """
 import ipaddress
@@ -49,8 +51,10 @@ def guard_host(function):
 def block():
     "Put the guards in, once."
     if getattr(socket, 'blocked', False): return
-    for name in ('connect', 'connect_ex', 'sendto'): setattr(socket.socket, name, guard_address(getattr(socket.socket, name)))
-    for name in ('getaddrinfo', 'gethostbyname', 'gethostbyname_ex'): setattr(socket, name, guard_host(getattr(socket, name)))
+    for name in ('connect', 'connect_ex', 'sendto'):
+        setattr(socket.socket, name, guard_address(getattr(socket.socket, name)))
+    for name in ('getaddrinfo', 'gethostbyname', 'gethostbyname_ex'):
+        setattr(socket, name, guard_host(getattr(socket, name)))
     socket.blocked = True
 
 

@@ -30,7 +30,7 @@ from PIL import Image
 from .bias import ClassBias, Trust, called, class_bias, look_alikes, worst_confusions
 from .context import Colocation, check_same_data, colocation, robustness_table
 from .entanglement import MEASURES, Entanglement, entanglement, entanglement_table, row_sums
-from .figures import cell_images, to_picture
+from .figures import cell_images, shuffles, to_picture
 from .subjects import (Subject, count_images, iter_batches, open_both, open_data, open_model,
                                          show_progress)
 from ..core import ClassSpec, colorize, eval_mode, printable, writing
@@ -234,8 +234,8 @@ class Audit:
 def _own_size(data):
     "The same images with labels at the size of their files, and the names of the files, where our loader knows them."
     items = getattr(getattr(data, 'dataset', None), 'source', None)
-    names = [Path(o).name for o,_ in items.pairs] if hasattr(items, 'pairs') else None
-    return (full_size_dl(data) if hasattr(items, 'own_sizes') else data),names
+    if hasattr(items, 'own_sizes'): data = full_size_dl(data)
+    return data,[Path(o).name for o,_ in items.pairs] if hasattr(items, 'pairs') and not shuffles(data) else None
 
 # %% ../../nbs/65_analysis.audit.ipynb #7876153a
 def audit(

@@ -485,6 +485,13 @@ def test_labels_at_the_size_of_their_files(tmp_path):
     assert found.context.confusion.sum()==labelled and found.sizes==('24x32 (labels 48x64)',)
     assert {o['image'] for o in found.to_dict()['doubtful']}=={'000.png','001.png','002.png'}
 
+def test_shuffled_images_have_no_names(tmp_path):
+    "A number names no file where the order changes from pass to pass."
+    from dropclass.data.camvid import camvid_dls, write_toy_camvid
+    dls = camvid_dls(write_toy_camvid(tmp_path), size=(48,64), bs=2)
+    named = lambda dl: audit(ToyNet(11), dl, dls.spec, progress=False).names
+    assert named(dls.valid)==['000.png','001.png','002.png'] and named(dls.valid.new(shuffle=True)) is None
+
 def test_two_networks_are_compared_on_classes_that_occur():
     "One stray pixel of a class that is in no image neither puts a network behind nor counts as a class."
     labels = torch.zeros(1, 16, 16, dtype=torch.long)

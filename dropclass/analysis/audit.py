@@ -28,9 +28,9 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 from PIL import Image
 from .bias import ClassBias, Trust, called, class_bias, look_alikes, worst_confusions
-from .context import Colocation, check_same_data, colocation, erase, fill_for, robustness_table
+from .context import Colocation, check_same_data, colocation, robustness_table
 from .entanglement import MEASURES, Entanglement, entanglement, entanglement_table, row_sums
-from .figures import predict_labels, to_picture
+from .figures import cell_images, shuffles, to_picture
 from .subjects import (Subject, count_images, iter_batches, open_both, open_data, open_model,
                                          show_progress)
 from ..core import ClassSpec, colorize, eval_mode, printable, writing
@@ -130,13 +130,6 @@ def _last_pass(subjects, trusts, data, classes, k, batches):
     return tuple(sizes),[_weak_example(spec, data, c, *o) for c,kept in worst.items() for o in kept]
 
 # %% ../../nbs/65_analysis.audit.ipynb #b2f43cc1
-def _without(model, x, y, hurt, gone, paint, image):
-    "Pixels of one class that are lost with another erased, and all that shows it."
-    new = erase(x, y==gone, paint, image)
-    before,after = (predict_labels(model, o[None], y.shape[-2:])[0] for o in (x, new))
-    there = (y==hurt).cpu()
-    return int((there&(before==hurt)&(after!=hurt)).sum()),image,int(there.sum()),x,before,new,after
-
 def erased_example(
     subject:Subject, # A network
     data, # Batches of images and labels
@@ -147,20 +140,18 @@ def erased_example(
     seed:int=0, # Seed of the noise
 ) -> Example|None: # The image that shows the largest fall best, or None where no class falls, or no image holds both
     "Show the strongest habit in one image."
-    spec,fall,best,start = subject.spec,(100*context.fall()).nan_to_num(nan=-200.),(-1,),0
+    spec,fall = subject.spec,(100*context.fall()).nan_to_num(nan=-200.)
     if fall.max()<least: return None
     gone,hurt = divmod(int(fall.argmax()), len(spec))
-    paint = fill_for(fill, data, max_images=max_images, seed=seed)
-    for x,y in iter_batches(data, max_images=max_images, alike=False):
-        both = [i for i,o in enumerate(y) if (o==gone).any() and (o==hurt).any()]
-        tried = [_without(subject.model, x[i], y[i], hurt, gone, paint, start+i) for i in both]
-        best,start = max([best, *tried], key=lambda o: o[0]),start+len(x)
-    if len(best)==1: return None
-    lost,image,total,*shown = best
-    text = f"Image {image}: of {total} pixels of {spec.names[hurt]}, {lost} are lost when {spec.names[gone]} is erased."
-    draw = {0:partial(to_picture, data=data), 1:partial(colorize, spec=spec)}
-    shots = {k:draw[i%2](o) for i,(k,o) in enumerate(zip(('image','before','erased','after'), shown))}
-    return Example(hurt, image, text, shots, gone)
+    found = cell_images(subject.model, data, gone, hurt, fill, max_images, seed, subject.device)
+    best = max(found, key=lambda o: o.gone, default=None)
+    if best is None: return None
+    pixels = int((best.target==hurt).sum())
+    text = (f"Image {best.number}: of {pixels} pixels of {spec.names[hurt]}, {best.gone} are lost "
+            f"when {spec.names[gone]} is erased.")
+    shots = dict(image=to_picture(best.image, data), before=colorize(best.before, spec),
+                 erased=to_picture(best.erased, data), after=colorize(best.after, spec))
+    return Example(hurt, best.number, text, shots, gone)
 
 # %% ../../nbs/65_analysis.audit.ipynb #3af08105
 _TEXTS = json.loads((files('dropclass.analysis')/'audit_texts.json').read_text(encoding='utf-8'))
@@ -243,8 +234,8 @@ class Audit:
 def _own_size(data):
     "The same images with labels at the size of their files, and the names of the files, where our loader knows them."
     items = getattr(getattr(data, 'dataset', None), 'source', None)
-    names = [Path(o).name for o,_ in items.pairs] if hasattr(items, 'pairs') else None
-    return (full_size_dl(data) if hasattr(items, 'own_sizes') else data),names
+    if hasattr(items, 'own_sizes'): data = full_size_dl(data)
+    return data,[Path(o).name for o,_ in items.pairs] if hasattr(items, 'pairs') and not shuffles(data) else None
 
 # %% ../../nbs/65_analysis.audit.ipynb #7876153a
 def audit(

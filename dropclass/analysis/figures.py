@@ -421,11 +421,11 @@ def cell_images(
 ): # Iterator over the `CellImage`s that hold X and Y
     "Walk through the images in which class Y may suffer when X is erased."
     paint,n = fill_for(fill, data, device, max_images, seed),0
-    for x,y in iter_batches(data, device, max_images):
+    for x,y in iter_batches(data, device, max_images, alike=False):
         for i,(image,target) in enumerate(zip(x, y), n):
             if not ((target==erased).any() and (target==looked).any()): continue
             without = erase(image, target==erased, paint, i)
-            before,after = (predict_labels(model, o[None])[0] for o in (image, without))
+            before,after = (predict_labels(model, o[None], target.shape)[0] for o in (image, without))
             target = target.cpu()
             was,now = ((o==looked)&(target==looked) for o in (before, after))
             pixels = int((was&~now).sum()),int(was.sum()-now.sum())

@@ -37,7 +37,7 @@ from .figures import predict_labels, to_picture
 from .subjects import (Subject, count_images, iter_batches, open_both, open_data, open_model,
                                          show_progress)
 from ..core import ClassSpec, colorize, printable, writing
-from ..metrics import class_iou, mean_iou, pixel_accuracy, rare_classes
+from ..metrics import batch_parts, class_iou, mean_iou, pixel_accuracy, rare_classes
 from ..prior import TAUS, class_offsets, counts_miou, prior_confusions
 from ..surgery import get_head
 
@@ -338,7 +338,7 @@ def open_networks(
 def _note_sizes(data, sizes):
     "The batches; the sizes of their images are noted."
     for batch in data:
-        sizes['x'.join(map(str, batch[0].shape[-2:]))] = True
+        sizes['x'.join(map(str, batch_parts(batch)[0].shape[-2:]))] = True
         yield batch
 
 def _weakest(network, n):

@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from .core import VOID, check_choice, check_network, check_target, eval_mode
 from .surgery import find_classifier, get_head, main_output, make_probe, run_probe
 from .losses import get_ignore_index, loss_input
-from .metrics import own_rows, rare_classes
+from .metrics import batch_parts, own_rows, rare_classes
 from .models import pick_logits, resize_logits
 from .ranks import gather_ranks, sum_over_ranks
 
@@ -145,7 +145,7 @@ def class_totals(
 # %% ../nbs/32_prior.ipynb #f3ba69fa
 def prior_confusions(
     model:nn.Module, # Network from images (N,3,H,W) to logits (N,C,H,W), or to a dict or tuple with them
-    dl, # Batches with images first and labels last; all processes together if it splits over them
+    dl, # Batches with images first and labels last, or dicts; all processes together if it splits over them
     offsets:Tensor, # Offsets (T,C), from `class_offsets`
     ignore_index:int=VOID, # The void label
     per_image:bool=False, # Return the counts of every image, too?
@@ -157,10 +157,11 @@ def prior_confusions(
     total = torch.zeros(*offsets.shape, offsets.shape[-1], dtype=torch.long, device=where)
     with torch.no_grad(), eval_mode(model):
         for batch in dl:
-            rows = own_rows(dl, len(batch[0])) # Without the images that only fill up the last batch
+            x,y = batch_parts(batch)
+            rows = own_rows(dl, len(x)) # Without the images that only fill up the last batch
             if not rows: continue
-            target = batch[-1][:rows].to(where)
-            logits = check_logits(pick_logits(model(batch[0][:rows].to(where)))[0])
+            target = y[:rows].to(where)
+            logits = check_logits(pick_logits(model(x[:rows].to(where)))[0])
             counts = grid_confusions(resize_logits(logits, target.shape[1:]), target, offsets, ignore_index)
             total += counts.sum(0)
             if per_image: images.append(class_totals(counts).cpu())

@@ -89,6 +89,8 @@ class OhemLoss(nn.Module):
         if not len(losses): return 0*logits.sum() # All void
         least = min(len(losses), math.ceil(self.min_kept*len(losses)) if self.min_kept<1 else int(self.min_kept))
         hard = (losses>-math.log(self.thresh)) | (losses>=losses.detach().topk(least).values[-1])
+        if self.weight is not None and len(self.weight)!=logits.shape[1]:
+            raise ValueError(f"There are {len(self.weight)} class weights for {logits.shape[1]} classes: give one per class")
         weight = torch.ones_like(losses) if self.weight is None else self.weight.to(losses)[target[valid]]
         return (weight*losses)[hard].sum()/weight[hard].sum()
 

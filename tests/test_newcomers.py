@@ -8,12 +8,14 @@ from fastai.learner import Learner
 from fastai.vision.data import SegmentationDataLoaders
 
 from dropclass.analysis.ablations import DrawRare
+from dropclass.analysis.audit import audit
 from dropclass.analysis.subjects import iter_batches, learner_spec
 from dropclass.callback import DropClassCallback
 from dropclass.data.core import open_image, write_toy_folder
 from dropclass.models import SmallSegNet, create_model
+from dropclass.prior import tune_prior
 from dropclass.surgery import get_head
-from dropclass.testing import toy_learner
+from dropclass.testing import ToyNet, toy_learner
 
 
 def quiet_fit(learn, *args, **kwargs):
@@ -97,6 +99,9 @@ def test_batches_may_be_dicts():
     batch = toy_learner().dls.valid.one_batch()
     (x,y),(a,b) = (next(iter_batches([o])) for o in (batch, dict(pixel_values=batch[0], labels=batch[1])))
     assert torch.equal(x, a) and torch.equal(y, b)
+    net,named = ToyNet(),[dict(pixel_values=batch[0], labels=batch[1])]
+    assert audit(net, named, list('abcd'), progress=False).images==len(x)
+    assert tune_prior(net, named, counts=[4,3,2,1]).confusions[0].sum()==(y!=255).sum()
 
 
 # ---- files that are not what they are called

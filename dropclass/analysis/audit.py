@@ -237,6 +237,7 @@ def _own_size(data):
     if hasattr(items, 'own_sizes'): data = full_size_dl(data)
     return data,[Path(o).name for o,_ in items.pairs] if hasattr(items, 'pairs') and not shuffles(data) else None
 
+
 # %% ../../nbs/65_analysis.audit.ipynb #7876153a
 def audit(
     model, # Learner, `Run`, or any PyTorch network from images to class scores

@@ -22,7 +22,7 @@ from fastai.data.transforms import get_c
 from fastprogress.fastprogress import progress_bar
 from safetensors import safe_open
 from ..learner import class_names
-from ..core import VOID, ClassSpec, check_choice
+from ..core import VOID, ClassSpec, check_choice, whole_labels
 from ..data.camvid import camvid_dls
 from ..data.core import FittedItems, SegmentationItems, make_dls, pair_files, read_lines
 from ..data.split import brought_split
@@ -178,9 +178,10 @@ def iter_batches(
     for batch in data:
         x,y = (o.as_subclass(Tensor).to(device) for o in batch_parts(batch))
         if x.ndim==3: x,y = x[None],y[None]
+        if x.ndim!=4: raise ValueError(f"Images must be (N,channels,H,W), got {tuple(x.shape)}: of a volume pass its slices")
         if alike: _check_sizes(x, y)
         if left is not None: x,y = x[:left],y[:left]
-        if len(x): yield x,y.long()
+        if len(x): yield x,whole_labels(y, 'Labels')
         if left is not None and (left := left-len(x))<=0: return
 
 # %% ../../nbs/59_analysis.subjects.ipynb #036be621
@@ -201,7 +202,7 @@ def count_images(
     "Ask how many images there are, without loading them where possible."
     dataset = getattr(data, 'dataset', None)
     if hasattr(dataset, '__len__') and not getattr(data, 'drop_last', False): return len(dataset)
-    if isinstance(data, (list,tuple)): return sum(len(o[0]) if o[0].ndim==4 else 1 for o in data)
+    if isinstance(data, (list,tuple)): return sum(len(x) if x.ndim==4 else 1 for x,_ in map(batch_parts, data))
     return None
 
 # %% ../../nbs/59_analysis.subjects.ipynb #0e6c82f0

@@ -437,6 +437,9 @@ def take_best(self:RunRecorder, model):
 class StopDiverged(Callback):
     "End a run whose loss or weights are not finite."
     order,reads_pred = Recorder.order+10,False
+    def after_pred(self): # Before a metric looks for the largest logit
+        if not self.training and self.pred.isnan().any(): self.stop("validation predicts NaN: choose a smaller `lr`")
+
     def after_batch(self):
         if not self.training or math.isfinite(self.loss.detach()): return
         void = len(self.yb)==1 and bool((self.yb[0]==self.dls.spec.ignore_index).all())

@@ -327,7 +327,8 @@ def test_a_diverged_run_is_an_error(command, tmp_path):
     assert not (tmp_path/'run'/'metrics.json').exists() and not (tmp_path/'run'/'weights.safetensors').exists()
     steep = ['--lr', 1000, '--epochs', 2, '--bs', 4, '--size', '32x48', '--threads', 1]
     code,_,err = command('train', 'scenes', *steep, '--data-options', 'n_train=16,n_valid=8', '--out', tmp_path/'steep')
-    assert code==1 and 'Training diverged in epoch 1' in err and not (tmp_path/'steep').exists(), err # NaN in validation
+    # NaN in validation
+    assert code==1 and 'Training diverged in epoch 1' in err and not (tmp_path/'steep').exists(), err
     code,_,err = command('train', 'scenes', '--method', 'plain', '--lr', 'inf', '--out', tmp_path/'new', *TINY)
     assert code==2 and '`--lr` must be a finite number' in err
 

@@ -304,7 +304,7 @@ def arm(self:DropClassHead,
     keep_mask:Tensor, # Mask (C,), 1 = kept, 0 = dropped; a list or array will do
     lam:float|None=None, # Weight of the drop path's loss in this step; from 0.5 on the drop path counts as trained
     only:str|None=None, # Run one path, 'plain' or 'drop', as `choose_paths` says; None and 'both' run both
-    **kwargs, # Other fields of `DropStep`
+    **kwargs, # Other fields of `DropStep`; `in_eval=True` acts in evaluation mode too
 ) -> DropStep: # What the head looks at until its `step` is another, or None
     "Ask for both paths, stacked, from every training forward; or for one."
     if not isinstance(keep_mask, Tensor): keep_mask = torch.as_tensor(keep_mask, dtype=torch.float32)

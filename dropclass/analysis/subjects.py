@@ -178,7 +178,8 @@ def iter_batches(
     for batch in data:
         x,y = (o.as_subclass(Tensor).to(device) for o in batch_parts(batch))
         if x.ndim==3: x,y = x[None],y[None]
-        if x.ndim!=4: raise ValueError(f"Images must be (N,channels,H,W), got {tuple(x.shape)}: of a volume pass its slices")
+        if x.ndim!=4:
+            raise ValueError(f"Images must be (N,channels,H,W), got {tuple(x.shape)}: of a volume pass its slices")
         if alike: _check_sizes(x, y)
         if left is not None: x,y = x[:left],y[:left]
         if len(x): yield x,whole_labels(y, 'Labels')

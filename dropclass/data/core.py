@@ -702,6 +702,12 @@ def _check_loaders(train_ds, valid_ds, bs, valid_bs, num_workers, n=None):
     if n is not None and n>len(train_ds): raise ValueError(f"`n` must be at most {len(train_ds)}, the number of training images, got {n}")
     if not len(valid_ds): raise ValueError("There are no validation images: hold some out")
 
+def _warn_of_crop(crop, scale, size):
+    "Say that windows are larger than any image, so that the rest of them is void."
+    if crop is None or not any(c>s*scale[1] for c,s in zip(crop, size)): return
+    warnings.warn(f"`crop` {tuple(crop)} is larger than images of {tuple(size)} pixels at the largest scale, {scale[1]}: "
+                  "the rest of every window is void")
+
 def make_dls(
     train_ds, # Training pairs: bytes (channels,H,W) and labels (H,W), all of one size
     valid_ds, # Validation pairs, of the same kind
@@ -724,6 +730,7 @@ def make_dls(
     prepare,stats = _prepare(valid_ds, spec),_checked_stats(stats, len(valid_ds[0][0]))
     after = [IntToFloatTensor(), Normalize.from_stats(*stats, cuda=False), ClassColors(spec)]
     random_crop = [BatchTransform(crop, scale, flip, stats[0], spec.ignore_index)] if augment else []
+    if augment: _warn_of_crop(crop, scale, valid_ds[0][0].shape[1:])
     shared = dict(after_item=[prepare], num_workers=num_workers)
     train = dl_type(SegmentationDataset(train_ds, spec, 0), bs=bs, shuffle=True, drop_last=True, after_batch=random_crop+after, **shared, **kwargs)
     valid = TfmdDL(SegmentationDataset(valid_ds, spec, 1), bs=valid_bs or bs, after_batch=after, **shared)

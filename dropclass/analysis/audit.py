@@ -508,13 +508,13 @@ def _heat_map(table, limit, id):
 def _each(text, labels, sep=' '): return [f'{text}{sep}{o}' if len(labels)>1 else text for o in labels]
 
 def _class_table(figures):
-    "Classes and means as a table."
+    "Classes and means as a table; precision and recall have no room beside a second network."
     labels,rows = [o['label'] for o in figures['networks']],[]
     for o in figures['classes']+figures['means']:
         row = {'class':o['name']+' †'*o.get('rare', False), 'pixels %':_number(o['pixels'], 2)}
         row |= {'images':o.get('images', ''), **dict(zip(_each('IoU', labels), o['iou']))}
         if len(labels)>1: row['difference'] = _number(o['difference'], sign='+')
-        for k in ('precision','recall','fall'): row |= zip(_each(k, labels), o[k])
+        for k in ('precision','recall','fall')[2*(len(labels)>1):]: row |= zip(_each(k, labels), o[k])
         rows.append({**row, 'leans most on':o['leans_on'], 'most confused with':o['confused_with']})
     df = pd.DataFrame(rows)
     return df.astype({o:float for o in df if o.startswith(('IoU','precision','recall','fall'))})

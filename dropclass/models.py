@@ -31,9 +31,11 @@ def pick_logits(
     if isinstance(out, Mapping): entries = dict(out)
     elif isinstance(out, (tuple,list)): entries = dict(enumerate(out))
     else: entries = {k:v for k,v in getattr(out, '__dict__', {}).items() if isinstance(v, Tensor)}
-    if not entries: raise TypeError(f"The model returned {type(out).__name__}: expected a tensor, or a dict or tuple of them")
+    if not entries:
+        raise TypeError(f"The model returned {type(out).__name__}: expected a tensor, or a dict or tuple of them")
     if key is None: key = next((k for k in ('out','logits') if entries.get(k) is not None), next(iter(entries)))
-    if key not in entries: raise ValueError(f"The model returned no entry {key!r}: pass `key` as one of {', '.join(map(repr, entries))}")
+    if key not in entries:
+        raise ValueError(f"The model returned no entry {key!r}: pass `key` as one of {', '.join(map(repr, entries))}")
     logits = entries.pop(key)
     if isinstance(logits, (Mapping,tuple,list)): return pick_logits(logits)[0],entries
     return logits,entries
@@ -46,7 +48,8 @@ def resize_logits(
     "Resize logits linearly; nothing happens where the size is right already."
     if tuple(logits.shape[2:])==tuple(size): return logits
     if len(size)!=logits.ndim-2:
-        raise ValueError(f"An output of shape {tuple(logits.shape)} is no map of logits for an image of size {tuple(size)}: pass the `key` of the logits")
+        raise ValueError(f"An output of shape {tuple(logits.shape)} is no map of logits for an image of size "
+                         f"{tuple(size)}: pass the `key` of the logits")
     mode = {1:'linear', 2:'bilinear', 3:'trilinear'}[len(size)]
     return F.interpolate(logits, size=tuple(size), mode=mode, align_corners=False)
 
@@ -60,7 +63,8 @@ class OutputAdapter(nn.Module):
     "Make a model return logits of the input's size, whatever it returned before."
     def __init__(self,
         model:nn.Module, # Any segmentation network; stays reachable as `.model`
-        key:str|int|None=None, # Where its output holds the logits; None looks for `out`, then `logits`, then takes the first entry
+        # Where its output holds the logits; None looks for `out`, then `logits`, then takes the first entry
+        key:str|int|None=None,
         size_from_input:bool=True, # Resize the logits to the size of the input?
     ):
         super().__init__()
@@ -76,7 +80,8 @@ class OutputAdapter(nn.Module):
     def __getattr__(self, name):
         try: return super().__getattr__(name)
         except AttributeError: pass
-        where = f": the wrapped model has one, use `.model.{name}`" if name!='model' and hasattr(self.model, name) else ''
+        where = (f": the wrapped model has one, use `.model.{name}`" if name!='model'
+                 and hasattr(self.model, name) else '')
         raise AttributeError(f"OutputAdapter has no attribute {name!r}{where}")
 
     def __getstate__(self): return {**self.__dict__, 'aux':{}}
@@ -90,7 +95,8 @@ class MergeHead(nn.Module):
     ):
         super().__init__()
         self.out_channels = sum(in_channels) if channels is None else channels
-        self.mix = nn.Sequential(nn.Conv2d(sum(in_channels), self.out_channels, 1), nn.BatchNorm2d(self.out_channels), nn.ReLU())
+        self.mix = nn.Sequential(nn.Conv2d(sum(in_channels), self.out_channels, 1), nn.BatchNorm2d(self.out_channels),
+                                 nn.ReLU())
 
     def forward(self,
         features:list, # Feature maps (N,channels,h,w), the finest first
@@ -172,7 +178,9 @@ def adapt_input(
     "Let a network read images of other than three channels."
     if in_chans==3: return model
     first = [m for m in model.modules() if _reads_colors(m)]
-    if not first: raise ValueError(f"{type(model).__name__} has no convolution over three channels that could be changed to {in_chans}")
+    if not first:
+        raise ValueError(f"{type(model).__name__} has no convolution over three channels that could be changed to "
+                         f"{in_chans}")
     for m in first: m.in_channels,m.weight = in_chans,nn.Parameter(repeat_channels(m.weight.data, in_chans))
     return model
 
@@ -203,8 +211,10 @@ def load_backbone(
     prefixes = ('', *{k[:-len(o)] for k in given for o in [next(iter(own))] if k.endswith('.'+o)})
     match = lambda p: {own[k]:given[p+k] for k in own if p+k in given}
     found = match(max(prefixes, key=lambda p: len(match(p))))
-    if not found: raise ValueError(
-        f"{name} holds none of the encoder's tensors (looked for {next(iter(own.values()))!r}): give weights of this architecture")
+    if not found:
+        raise ValueError(
+            f"{name} holds none of the encoder's tensors (looked for {next(iter(own.values()))!r}): give weights of "
+            f"this architecture")
     state = backbone.state_dict()
     values = {k:_fit_channels(weights[v], state[k]) for k,v in found.items()}
     wrong = next((k for k,v in values.items() if v.shape!=state[k].shape), None)
@@ -212,7 +222,9 @@ def load_backbone(
         f"the encoder needs {tuple(state[wrong].shape)}: give weights of this architecture")
     backbone.load_state_dict(values, strict=False)
     missing = [k for k in state if k not in found and not k.endswith('num_batches_tracked')]
-    if missing: warnings.warn(f"{name} lacks {len(missing)} tensors of the encoder, which keep random values: {', '.join(missing[:3])} ...")
+    if missing:
+        warnings.warn(f"{name} lacks {len(missing)} tensors of the encoder, which keep random values: "
+                      f"{', '.join(missing[:3])} ...")
     return dict(loaded=list(found), missing=missing, unexpected=sorted(set(weights)-set(found.values())))
 
 # %% ../nbs/23_models.ipynb #d6f024ee
@@ -226,15 +238,19 @@ def fetch(
     socket.setdefaulttimeout(timeout)
     try: return build()
     except (OSError, RuntimeError) as err:
-        raise ConnectionError(f"The trained weights of {name} could not be fetched ({type(err).__name__}: {str(err)[:120]}). "
-            "Go on without them (`pretrained=False`), or fetch the file where there is a connection and pass it as `weights_file`") from err
+        raise ConnectionError(f"The trained weights of {name} could not be fetched ({type(err).__name__}: "
+                              f"{str(err)[:120]}). "
+            "Go on without them (`pretrained=False`), or fetch the file where there is a connection and pass it as "
+            "`weights_file`") from err
     finally: socket.setdefaulttimeout(before)
 
 # %% ../nbs/23_models.ipynb #0a4a27b4
 def import_timm():
     "Import timm, or say how to get it."
     try: import timm
-    except ImportError as err: raise ImportError("This network takes its encoder from timm: run `pip install timm`, or choose 'small' or 'deeplabv3_mobilenetv3'") from err
+    except ImportError as err:
+        raise ImportError("This network takes its encoder from timm: run `pip install timm`, or choose 'small' or "
+                          "'deeplabv3_mobilenetv3'") from err
     return timm
 
 # %% ../nbs/23_models.ipynb #7893f359
@@ -307,7 +323,8 @@ def timm_segmenter(
 def _given_weights(pretrained, weights_file):
     "The weights of a file, or None; refuse two sources."
     if weights_file is None: return None
-    if pretrained: raise ValueError(f"Got `pretrained=True` and `weights_file={str(weights_file)!r}`: choose one of them")
+    if pretrained:
+        raise ValueError(f"Got `pretrained=True` and `weights_file={str(weights_file)!r}`: choose one of them")
     return read_weights(weights_file)
 
 # %% ../nbs/23_models.ipynb #49cbe970
@@ -340,8 +357,10 @@ def deeplabv3_mobilenetv3(
     from torchvision.models.segmentation import deeplabv3_mobilenet_v3_large
     check_num_classes(num_classes)
     weights = _given_weights(pretrained, weights_file)
-    build = lambda source: deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=source, num_classes=num_classes, aux_loss=False)
-    model = OutputAdapter(fetch(lambda: build('IMAGENET1K_V1'), 'mobilenet_v3_large') if pretrained else build(None), key='out')
+    build = lambda source: deeplabv3_mobilenet_v3_large(weights=None, weights_backbone=source, num_classes=num_classes,
+                                                        aux_loss=False)
+    model = OutputAdapter(fetch(lambda: build('IMAGENET1K_V1'), 'mobilenet_v3_large') if pretrained else build(None),
+                          key='out')
     adapt_input(model.model.backbone, in_chans)
     if not pretrained and weights is None: # Norms that keep up with an encoder that starts at random
         for m in model.model.backbone.modules():
@@ -353,14 +372,17 @@ def deeplabv3_mobilenetv3(
 def unet_bodies() -> dict: # By name: a function that builds the network, and where fastai cuts it
     "List the networks that fastai makes a U-Net of."
     from fastai.vision.learner import model_meta
-    return {build.__name__:(build, meta) for build,meta in model_meta.items() if build.__name__!='alexnet'} # Too deep for small images
+    # Too deep for small images
+    return {build.__name__:(build, meta) for build,meta in model_meta.items() if build.__name__!='alexnet'}
 
 def _whole_body(name, pretrained):
     "A classification network, and the meta data of fastai."
     build,meta = unet_bodies()[check_choice(name, unet_bodies(), 'the body of a unet:')]
     if 'weights' in meta: # torchvision's
         return (fetch(lambda: build(weights=meta['weights']), name) if pretrained else build(weights=None)),meta
-    if pretrained: raise ValueError(f"There are no trained weights for the body {name!r}: leave out `pretrained`, or take one of torchvision's, 'resnet18' say")
+    if pretrained:
+        raise ValueError(f"There are no trained weights for the body {name!r}: leave out `pretrained`, or take one of "
+                         f"torchvision's, 'resnet18' say")
     return build(),meta
 
 # %% ../nbs/23_models.ipynb #168ce7a1
@@ -394,7 +416,8 @@ def conv_block(
     stride:int=1, # 2 halves the size
 ) -> nn.Sequential: # 3x3 convolution, BatchNorm, ReLU
     "Make the unit `SmallSegNet` is built of."
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True))
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels),
+                         nn.ReLU(inplace=True))
 
 # %% ../nbs/23_models.ipynb #50429d67
 class SmallSegNet(nn.Module):
@@ -407,7 +430,8 @@ class SmallSegNet(nn.Module):
         super().__init__()
         c = [width, 2*width, 4*width, 4*width]
         self.stem = conv_block(in_chans, c[0], stride=2)
-        self.down = nn.ModuleList(nn.Sequential(conv_block(c[i], c[i+1], stride=2), conv_block(c[i+1], c[i+1])) for i in range(3))
+        self.down = nn.ModuleList(nn.Sequential(conv_block(c[i], c[i+1], stride=2), conv_block(c[i+1], c[i+1]))
+                                  for i in range(3))
         self.up = nn.ModuleList(conv_block(c[i]+c[i+1], c[i]) for i in reversed(range(3)))
         self.head = MergeHead([c[0]], 2*width)
         self.classifier = nn.Conv2d(2*width, check_num_classes(num_classes), 1)
@@ -440,7 +464,8 @@ def single_values(
     return found
 
 # %% ../nbs/23_models.ipynb #63987586
-_models = dict(small=SmallSegNet, hrnet_v1_w18=hrnet_v1_w18, hrnet_v2_w18=hrnet_v2_w18, deeplabv3_mobilenetv3=deeplabv3_mobilenetv3)
+_models = dict(small=SmallSegNet, hrnet_v1_w18=hrnet_v1_w18, hrnet_v2_w18=hrnet_v2_w18,
+               deeplabv3_mobilenetv3=deeplabv3_mobilenetv3)
 _open_ended = dict(timm=timm_segmenter, unet=unet_segmenter)
 
 def model_names(
@@ -458,7 +483,8 @@ def create_model(
 ) -> nn.Module: # Network from images (N,in_chans,H,W) to logits (N,C,H,W)
     "Build a network by its name."
     kind,_,rest = str(name).partition(':')
-    if rest and kind in _open_ended: return _open_ended[kind](rest, num_classes, pretrained, weights_file, in_chans=in_chans)
+    if rest and kind in _open_ended:
+        return _open_ended[kind](rest, num_classes, pretrained, weights_file, in_chans=in_chans)
     build = _models[check_choice(name, [*model_names(), *(f'{o}:NAME' for o in _open_ended)], 'name')]
     if build is not SmallSegNet: return build(num_classes, pretrained, weights_file, in_chans)
     if pretrained or weights_file is not None: raise ValueError(

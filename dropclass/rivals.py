@@ -17,16 +17,19 @@ from fastai.callback.core import Callback
 from fastai.learner import CastToTensor
 from .core import VOID, ClassSpec, check_choice, step_generator
 from .features import dropped_class, sample_keep_mask
-from .losses import cross_entropy_options, get_ignore_index, loss_input, masked_target, pixel_loss, plain_tensor, strip_weights
+from .losses import (cross_entropy_options, get_ignore_index, loss_input, masked_target, pixel_loss,
+                              plain_tensor, strip_weights)
 from .prior import check_counts, class_offsets
 from .ranks import pixel_shares
 from .schedules import Ramp, as_schedule, global_step, schedule_value
 
 # %% ../nbs/33_rivals.ipynb #3fd12e8a
 CAMVID_NAMES = ('Sky','Building','Pole','Road','Pavement','Tree','SignSymbol','Fence','Car','Pedestrian','Bicyclist')
-CAMVID_SEGNET_WEIGHTS = (.2595,.1826,4.5640,.1417,.9051,.3826,9.6446,1.8418,.6823,6.2478,7.3614) # As published with SegNet
+# As published with SegNet
+CAMVID_SEGNET_WEIGHTS = (.2595,.1826,4.5640,.1417,.9051,.3826,9.6446,1.8418,.6823,6.2478,7.3614)
 CITYSCAPES_TRAIN_CLASSES = (
-    'road','sidewalk','building','wall','fence','pole','traffic light','traffic sign','vegetation','terrain','sky','person',
+    'road','sidewalk','building','wall','fence','pole','traffic light','traffic sign','vegetation','terrain','sky',
+    'person',
     'rider','car','truck','bus','train','motorcycle','bicycle') # By trainId
 HRNET_WEIGHTS = (.8373,.918,.866,1.0345,1.0166,.9969,.9754,1.0489,.8786,1.0023,.9539,.9843,1.1116,.9037,1.0865,1.0955,
                  1.0865,1.1529,1.0507) # By trainId
@@ -37,12 +40,15 @@ def published_weights(
     spec:ClassSpec, # Classes of the data
 ) -> Tensor: # Weights (C,), float32
     "Give published class weights, if the classes are those that they were published for."
-    known = {'segnet':('CamVid', CAMVID_NAMES, CAMVID_SEGNET_WEIGHTS), 'hrnet':('Cityscapes', CITYSCAPES_TRAIN_CLASSES, HRNET_WEIGHTS)}
+    known = {'segnet':('CamVid', CAMVID_NAMES, CAMVID_SEGNET_WEIGHTS),
+             'hrnet':('Cityscapes', CITYSCAPES_TRAIN_CLASSES, HRNET_WEIGHTS)}
     data,names,weights = known[check_choice(name, known, 'weights')]
     same = lambda o: [str(n).lower().replace(' ', '').replace('_', '') for n in o]
     if same(spec.names)!=same(names):
-        raise ValueError(f"The {name!r} weights were published for the {len(names)} classes of {data} ({', '.join(names[:3])} ...), "
-                         f"the data has {len(spec)} ({', '.join(spec.names[:3])} ...): use weights='median', which counts your own data")
+        raise ValueError(f"The {name!r} weights were published for the {len(names)} classes of {data} "
+                         f"({', '.join(names[:3])} ...), "
+                         f"the data has {len(spec)} ({', '.join(spec.names[:3])} ...): use weights='median', which "
+                         f"counts your own data")
     return torch.tensor(weights)
 
 # %% ../nbs/33_rivals.ipynb #c2a49364
@@ -77,7 +83,9 @@ class OhemLoss(nn.Module):
     ):
         super().__init__()
         if not 0<thresh<=1: raise ValueError(f"`thresh` is a probability and must lie in (0,1], got {thresh}")
-        if not min_kept>0: raise ValueError(f"`min_kept` must be more than 0, got {min_kept}: a share of the pixels (1/16) or a count (100000)")
+        if not min_kept>0:
+            raise ValueError(f"`min_kept` must be more than 0, got {min_kept}: a share of the pixels (1/16) or a "
+                             f"count (100000)")
         self.thresh,self.min_kept,self.weight,self.ignore_index = thresh,min_kept,weight,ignore_index
 
     def forward(self,
@@ -85,12 +93,14 @@ class OhemLoss(nn.Module):
         target, # Labels (N,h,w), int64
     ): # Scalar loss
         valid = target!=self.ignore_index
-        losses = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction='none')[valid] # -log of the probability
+        # -log of the probability
+        losses = F.cross_entropy(logits, target, ignore_index=self.ignore_index, reduction='none')[valid]
         if not len(losses): return 0*logits.sum() # All void
         least = min(len(losses), math.ceil(self.min_kept*len(losses)) if self.min_kept<1 else int(self.min_kept))
         hard = (losses>-math.log(self.thresh)) | (losses>=losses.detach().topk(least).values[-1])
         if self.weight is not None and len(self.weight)!=logits.shape[1]:
-            raise ValueError(f"There are {len(self.weight)} class weights for {logits.shape[1]} classes: give one per class")
+            raise ValueError(f"There are {len(self.weight)} class weights for {logits.shape[1]} classes: give one per "
+                             f"class")
         weight = torch.ones_like(losses) if self.weight is None else self.weight.to(losses)[target[valid]]
         return (weight*losses)[hard].sum()/weight[hard].sum()
 
@@ -157,12 +167,15 @@ class DiceCELoss(nn.Module):
 def _smp_loss(name, ignore_index, weight=None, **options):
     "Build a multi-class loss of segmentation_models_pytorch."
     try: from segmentation_models_pytorch import losses
-    except ImportError as e: raise ImportError("This loss comes from segmentation_models_pytorch, which is not installed: pip install 'segmentation-models-pytorch>=0.5'") from e
+    except ImportError as e:
+        raise ImportError("This loss comes from segmentation_models_pytorch, which is not installed: pip install "
+                          "'segmentation-models-pytorch>=0.5'") from e
     if weight is not None: options['class_weights'] = weight
     return getattr(losses, name)('multiclass', ignore_index=ignore_index, **options)
 
 # %% ../nbs/33_rivals.ipynb #0500fb2b
-LOSSES = ('ce','focal','dice_ce','lovasz','ohem','logit_adjusted','blv') # `Config.loss`; 'ce' is PyTorch's cross-entropy
+# `Config.loss`; 'ce' is PyTorch's cross-entropy
+LOSSES = ('ce','focal','dice_ce','lovasz','ohem','logit_adjusted','blv')
 COUNTED_LOSSES = ('logit_adjusted','blv') # Those that need the classes' pixel counts
 
 def _check_loss_option(name, value):
@@ -201,25 +214,31 @@ def check_loss_fits(
     options:dict, # Options of `DropClassCallback`
 ):
     "Refuse a loss that DropClass's options cannot work with."
-    for option,fits,need in (('normalize', ('valid',), 'a loss that is a sum over pixels'), ('masked_weights', (None,True), 'a cross-entropy, whose class weights can be left out')):
+    for option,fits,need in (('normalize', ('valid',), 'a loss that is a sum over pixels'),
+                             ('masked_weights', (None,True), 'a cross-entropy, whose class weights can be left out')):
         if name!='ce' and options.get(option, fits[0]) not in fits:
-            raise ValueError(f"`{option}={options[option]!r}` needs {need}, and loss={name!r} is not known for that: leave out `{option}`, or use loss='ce'")
+            raise ValueError(f"`{option}={options[option]!r}` needs {need}, and loss={name!r} is not known for that: "
+                             f"leave out `{option}`, or use loss='ce'")
 
 # %% ../nbs/33_rivals.ipynb #89343553
 class IgnoreLabelCallback(Callback):
     "Hide the labels of one random class in each training step: the paper's Table 6, without DropClass."
     order = CastToTensor.order-4 # As `DropClassCallback`
     def __init__(self,
-        drop_prob=Ramp(), # Probability that a class is hidden in a step: an annealer, any callable [0,1] -> [0,1], or a number
+        drop_prob=Ramp(), # Probability that a class is hidden in a step: as `lam` of `DropClassCallback`
         per_epoch:bool=False, # Raise the probability once per epoch instead of every step?
         seed:int=0, # Seed of the drawn classes
-    ): self.drop_prob,self.per_epoch,self.seed,self.ignored = as_schedule(drop_prob, 'drop_prob'),per_epoch,seed,[]
+    ):
+        self.drop_prob,self.per_epoch,self.seed,self.ignored = as_schedule(drop_prob, 'drop_prob'),per_epoch,seed,[]
 
     def before_fit(self):
         if self.learn.lock.locked(): return # `get_preds` and `validate`, which fastai announces as fits
         self.begun,self.nothing_left,self.ignore_index = False,False,get_ignore_index(self.loss_func)
-        if self.ignore_index is None: raise ValueError("The loss has no `ignore_index`, so no label can be hidden from it: use one that has, nn.CrossEntropyLoss(ignore_index=255) say")
-        if not getattr(self.dls, 'c', None): raise ValueError("The DataLoaders do not say how many classes there are: set `dls.c`")
+        if self.ignore_index is None:
+            raise ValueError("The loss has no `ignore_index`, so no label can be hidden from it: use one that has, "
+                             "nn.CrossEntropyLoss(ignore_index=255) say")
+        if not getattr(self.dls, 'c', None):
+            raise ValueError("The DataLoaders do not say how many classes there are: set `dls.c`")
 
     def before_train(self):
         if not self.begun: self.ignored,self.begun = [],True # Only a fit trains; `summary` and `tta` announce one too
@@ -252,10 +271,16 @@ class FadeWeightsCallback(Callback):
     def before_fit(self):
         if self.learn.lock.locked(): return # `get_preds` or `validate`
         self.begun,options = False,cross_entropy_options(self.loss_func)
-        if options is None: raise ValueError(f"{type(self.loss_func).__name__} is no cross-entropy, so its class weights cannot fade: use nn.CrossEntropyLoss(weight=...) with FadeWeightsCallback")
-        if hasattr(self.learn, 'drop_class'): raise ValueError("DropClassCallback lets the class weights fade by itself: leave out FadeWeightsCallback, or DropClassCallback")
+        if options is None:
+            raise ValueError(f"{type(self.loss_func).__name__} is no cross-entropy, so its class weights cannot fade: "
+                             f"use nn.CrossEntropyLoss(weight=...) with FadeWeightsCallback")
+        if hasattr(self.learn, 'drop_class'):
+            raise ValueError("DropClassCallback lets the class weights fade by itself: leave out FadeWeightsCallback, "
+                             "or DropClassCallback")
         self.options = strip_weights(options)
-        if options['weight'] is None: raise ValueError("The loss has no class weights, so none can fade: give it some, nn.CrossEntropyLoss(weight=...) say, or leave out FadeWeightsCallback")
+        if options['weight'] is None:
+            raise ValueError("The loss has no class weights, so none can fade: give it some, "
+                             "nn.CrossEntropyLoss(weight=...) say, or leave out FadeWeightsCallback")
 
     def before_train(self):
         if not self.begun: self.lams,self.begun = [],True # As above
@@ -265,6 +290,7 @@ class FadeWeightsCallback(Callback):
         self.lams.append(lam := schedule_value(self.lam, min(self.pct_train, 1.), self.per_epoch, self.n_epoch, 'lam'))
         logits,target = loss_input(self.pred, plain_tensor(self.yb[0]))
         whole,even = pixel_shares(target, self.loss_func, masked_weights=False) # 1 and 1 but among ranks
-        weighted = 0*logits.sum() if (target==self.options['ignore_index']).all() else self.loss_grad # The mean over no pixels is NaN
+        # The mean over no pixels is NaN
+        weighted = 0*logits.sum() if (target==self.options['ignore_index']).all() else self.loss_grad
         self.learn.loss_grad = (1-lam)*whole*weighted+lam*even*pixel_loss(logits.log_softmax(1), target, self.options)
         self.learn.loss = self.loss_grad.clone()

@@ -169,26 +169,6 @@ NOTEBOOKS = [o for o in (root/'nbs').rglob('*.ipynb') if not any(p[0] in '._' fo
 CODE = sorted([package/'__init__.py', *(root/'tests').rglob('*.py'), *(root/'benchmarks').rglob('*.py'), *NOTEBOOKS])
 name_of = lambda o: o.relative_to(root).as_posix()
 
-# Files that still have such lines; whoever cleans one takes it out of this list
-TOO_LONG = set('''
-nbs/23_models.ipynb
-nbs/33_rivals.ipynb
-nbs/40_data.core.ipynb
-nbs/41_data.scenes.ipynb
-nbs/42_data.camvid.ipynb
-nbs/43_data.folder.ipynb
-nbs/44_data.cityscapes.ipynb
-nbs/45_data.voc.ipynb
-nbs/46_data.ade20k.ipynb
-nbs/47_data.sampling.ipynb
-nbs/48_data.split.ipynb
-nbs/67_analysis.drop.ipynb
-nbs/70_run.experiment.ipynb
-nbs/73_run.distributed.ipynb
-nbs/75_run.audit.ipynb
-'''.split())
-
-
 def code_cells(path):
     "The source of a file, or of each code cell of a notebook."
     text = path.read_text(encoding='utf-8')
@@ -225,12 +205,8 @@ def test_line_checks_see_what_is_wrong(tmp_path):
     assert not line_faults(file)
 
 
-def test_listed_files_exist(): assert TOO_LONG<=set(map(name_of, CODE))
-
-
 @pytest.mark.parametrize('path', CODE, ids=name_of)
 def test_lines(path):
     "At most 120 characters and one statement."
     faults = line_faults(path)
-    if name_of(path) in TOO_LONG: assert faults, "clean: take this file out of TOO_LONG"
-    else: assert not faults, '\n'.join(faults)
+    assert not faults, '\n'.join(faults)

@@ -183,7 +183,7 @@ def compare_removals(
     "Put a class's removal from the image beside its removal from the features."
     if effect.spec.names!=colocation.spec.names or not torch.equal(effect.confusion, colocation.confusion):
         raise ValueError(f"{effect.label} and {colocation.label} do not begin with the same predictions: measure both "
-                         "on one network and the same images, and erase with the drop path (`answer_by(model, 'drop')`)")
+                         "on one network and the same images, and erase with the drop path: `answer_by(model, 'drop')`")
     dropped = replace(colocation, erased=effect.dropped)
     falls,names = [100*o.fall('same') for o in (colocation, dropped)],effect.spec.names
     pairs = (~falls[0].isnan()).nonzero().tolist()

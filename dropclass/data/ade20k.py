@@ -17,32 +17,46 @@ from .core import FittedItems, find_root, make_dls, pair_files, workers_for
 
 # %% ../../nbs/46_data.ade20k.ipynb #bc83f8f7
 ADE20K_NAMES = tuple("""
-wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, table, mountain, plant, curtain, chair, car, water,
-painting, sofa, shelf, house, sea, mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard,
-chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway, river,
-bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine,
-hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television, airplane, dirt track, apparel, pole, land, bannister, escalator, ottoman,
-bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike,
-cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic light, tray,
-ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock, flag""".replace('\n', ' ').strip().split(', '))
+wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door,
+table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, armchair,
+seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, chest of drawers,
+counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, case, pool table, pillow,
+screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop,
+stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck,
+tower, chandelier, awning, streetlight, booth, television, airplane, dirt track, apparel, pole, land, bannister,
+escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt, canopy, washer, plaything,
+swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle, oven, ball, food, step, tank, trade
+name, microwave, pot, animal, bicycle, lake, dishwasher, screen, blanket, sculpture, hood, sconce, vase, traffic
+light, tray, ashcan, fan, pier, crt screen, plate, monitor, bulletin board, shower, radiator, glass, clock,
+flag
+""".replace('\n', ' ').strip().split(', '))
 
 # %% ../../nbs/46_data.ade20k.ipynb #a3bb864d
 _colors = """
-787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d 787846 08ff33 ff0652 8fff8c ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747
-ff09e0 0907e6 dcdcdc ff095c 7009ff 08ffd6 07ffe0 ffb806 0aff47 ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08 00ff14 ff0829 ff0599 0633ff eb0cff a09614 00a3ff 8c8c8c fa0a0f
-14ff00 1fff00 ff1f00 ffe000 99ff00 0000ff ff4700 00ebff 00adff 1f00ff 0bc8c8 ff5200 00fff5 003dff 00ff70 00ff85 ff0000 ffa300 ff6600 c2ff00 008fff 33ff00 0052ff 00ff29 00ffad
-0a00ff adff00 00ff99 ff5c00 ff00ff ff00f5 ff0066 ffad00 ff0014 ffb8b8 001fff 00ff3d 0047ff ff00cc 00ffc2 00ff52 000aff 0070ff 3300ff 00c2ff 007aff 00ffa3 ff9900 00ff0a ff7000
-8fff00 5200ff a3ff00 ffeb00 08b8aa 8500ff 00ff5c b800ff ff001f 00b8ff 00d6ff ff0070 5cff00 00e0ff 70e0ff 46b8a0 a300ff 9900ff 47ff00 ff00a3 ffcc00 ff008f 00ffeb 85ff00 ff00eb
-f500ff ff007a fff500 0abed4 d6ff00 00ccff 1400ff ffff00 0099ff 0029ff 00ffcc 2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff"""
+787878 b47878 06e6e6 503232 04c803 787850 8c8c8c cc05ff e6e6e6 04fa07 e005ff ebff07 96053d 787846 08ff33 ff0652 8fff8c
+ccff04 ff3307 cc4603 0066c8 3de6fa ff0633 0b66ff ff0747 ff09e0 0907e6 dcdcdc ff095c 7009ff 08ffd6 07ffe0 ffb806 0aff47
+ff290a 07ffff e0ff08 6608ff ff3d06 ffc207 ff7a08 00ff14 ff0829 ff0599 0633ff eb0cff a09614 00a3ff 8c8c8c fa0a0f 14ff00
+1fff00 ff1f00 ffe000 99ff00 0000ff ff4700 00ebff 00adff 1f00ff 0bc8c8 ff5200 00fff5 003dff 00ff70 00ff85 ff0000 ffa300
+ff6600 c2ff00 008fff 33ff00 0052ff 00ff29 00ffad 0a00ff adff00 00ff99 ff5c00 ff00ff ff00f5 ff0066 ffad00 ff0014 ffb8b8
+001fff 00ff3d 0047ff ff00cc 00ffc2 00ff52 000aff 0070ff 3300ff 00c2ff 007aff 00ffa3 ff9900 00ff0a ff7000 8fff00 5200ff
+a3ff00 ffeb00 08b8aa 8500ff 00ff5c b800ff ff001f 00b8ff 00d6ff ff0070 5cff00 00e0ff 70e0ff 46b8a0 a300ff 9900ff 47ff00
+ff00a3 ffcc00 ff008f 00ffeb 85ff00 ff00eb f500ff ff007a fff500 0abed4 d6ff00 00ccff 1400ff ffff00 0099ff 0029ff 00ffcc
+2900ff 29ff00 ad00ff 00f5ff 4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff"""
 ADE20K = ClassSpec(ADE20K_NAMES, [tuple(bytes.fromhex(o)) for o in _colors.split()])
 
 # %% ../../nbs/46_data.ade20k.ipynb #04b418e1
-ADE20K_SHARES = (.1576,.1072,.0878,.0621,.0480,.0450,.0398,.0231,.0198,.0183,.0181,.0166,.0160,.0151,.0118,.0110,.0109,.0104,.0104,.0103,.0098,.0074,.0067,
-    .0065,.0061,.0060,.0053,.0052,.0046,.0044,.0044,.0044,.0033,.0031,.0030,.0027,.0026,.0024,.0024,.0023,.0023,.0022,.0022,.0020,.0019,.0019,
-    .0018,.0018,.0018,.0018,.0018,.0018,.0018,.0017,.0017,.0017,.0017,.0017,.0015,.0015,.0015,.0015,.0014,.0014,.0014,.0014,.0014,.0013,.0013,
-    .0013,.0012,.0012,.0012,.0012,.0011,.0010,.0009,.0009,.0009,.0009,.0009,.0008,.0008,.0008,.0008,.0008,.0007,.0007,.0007,.0007,.0007,.0007,
-    .0007,.0006,.0006,.0006,.0006,.0006,.0006,.0006,.0006,.0006,.0006,.0006,.0005,.0005,.0005,.0005,.0005,.0005,.0005,.0005,.0005,.0005,.0005,
-    .0005,.0005,.0005,.0005,.0005,.0005,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0003,.0003,.0003,.0003,
+ADE20K_SHARES = (.1576,.1072,.0878,.0621,.0480,.0450,.0398,.0231,.0198,.0183,.0181,.0166,.0160,.0151,.0118,.0110,.0109,
+                 .0104,.0104,.0103,.0098,.0074,.0067,
+    .0065,.0061,.0060,.0053,.0052,.0046,.0044,.0044,.0044,.0033,.0031,.0030,.0027,.0026,.0024,.0024,.0023,.0023,.0022,
+    .0022,.0020,.0019,.0019,
+    .0018,.0018,.0018,.0018,.0018,.0018,.0018,.0017,.0017,.0017,.0017,.0017,.0015,.0015,.0015,.0015,.0014,.0014,.0014,
+    .0014,.0014,.0013,.0013,
+    .0013,.0012,.0012,.0012,.0012,.0011,.0010,.0009,.0009,.0009,.0009,.0009,.0008,.0008,.0008,.0008,.0008,.0007,.0007,
+    .0007,.0007,.0007,.0007,
+    .0007,.0006,.0006,.0006,.0006,.0006,.0006,.0006,.0006,.0006,.0006,.0006,.0005,.0005,.0005,.0005,.0005,.0005,.0005,
+    .0005,.0005,.0005,.0005,
+    .0005,.0005,.0005,.0005,.0005,.0005,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0004,.0004,
+    .0003,.0003,.0003,.0003,
     .0003,.0003,.0003,.0003,.0003,.0003,.0003,.0003,.0003,.0002,.0002,.0002) # As printed in `objectInfo150.txt`
 
 # %% ../../nbs/46_data.ade20k.ipynb #97412bb7
@@ -50,7 +64,8 @@ ADE20K_LABEL_MAP = {0:VOID, **{i+1:i for i in range(150)}} # File label -> class
 ADE20K_LAYOUT = """ADEChallengeData2016/
   images/{training,validation}/ADE_train_00000001.jpg
   annotations/{training,validation}/ADE_train_00000001.png      0 is void, 1..150 are the classes
-(the folder itself, or the folder around it; unpack ADEChallengeData2016.zip. The full ADE20K, with folders by scene, is another data set)"""
+(the folder itself, or the folder around it; unpack ADEChallengeData2016.zip.
+The full ADE20K, with folders by scene, is another data set)"""
 
 # %% ../../nbs/46_data.ade20k.ipynb #59268ca7
 def write_toy_ade20k(
@@ -66,7 +81,8 @@ def write_toy_ade20k(
             (h,w),rng = ((24,32),(40,30))[i%2],np.random.default_rng([count, i])
             labels = np.kron(rng.integers(151, size=(2,2)), np.ones((h//2,w//2), int)).astype(np.uint8)
             labels[:2] = 0
-            Image.fromarray(np.stack([labels, 255-labels, labels//2], 2)).save(folders[0]/f'ADE_{short}_{i+1:08}.jpg', quality=95)
+            Image.fromarray(np.stack([labels, 255-labels, labels//2], 2)).save(folders[0]/f'ADE_{short}_{i+1:08}.jpg',
+                                                                               quality=95)
             Image.fromarray(labels).save(folders[1]/f'ADE_{short}_{i+1:08}.png')
     return path.parent
 
@@ -102,4 +118,5 @@ def ade20k_dls(
 ) -> DataLoaders: # With `vocab`, `c` and `spec`
     "Make DataLoaders from ADE20K."
     train,valid = ade20k_items(path, size, splits, cache)
-    return make_dls(train, valid, ADE20K, bs=bs, num_workers=workers_for(train) if num_workers is None else num_workers, **kwargs)
+    return make_dls(train, valid, ADE20K, bs=bs, num_workers=workers_for(train) if num_workers is None else num_workers,
+                    **kwargs)

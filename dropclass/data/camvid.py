@@ -12,18 +12,25 @@ from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, untar_data
 from ..rivals import CAMVID_NAMES
 from ..core import VOID, ClassSpec, check_choice
-from .core import SegmentationItems, inside, make_dls, pair_files, read_lines, workers_for, write_toy_folder
+from .core import (SegmentationItems, inside, make_dls, pair_files, read_lines, workers_for,
+                                 write_toy_folder)
 from .split import split_pairs
 
 # %% ../../nbs/42_data.camvid.ipynb #96a1658d
-CAMVID_COLORS = dict(Animal=(64,128,64), Archway=(192,0,128), Bicyclist=(0,128,192), Bridge=(0,128,64), Building=(128,0,0), Car=(64,0,128),
-    CartLuggagePram=(64,0,192), Child=(192,128,64), Column_Pole=(192,192,128), Fence=(64,64,128), LaneMkgsDriv=(128,0,192), LaneMkgsNonDriv=(192,0,64),
-    Misc_Text=(128,128,64), MotorcycleScooter=(192,0,192), OtherMoving=(128,64,64), ParkingBlock=(64,192,128), Pedestrian=(64,64,0), Road=(128,64,128),
-    RoadShoulder=(128,128,192), Sidewalk=(0,0,192), SignSymbol=(192,128,128), Sky=(128,128,128), SUVPickupTruck=(64,128,192), TrafficCone=(0,0,64),
-    TrafficLight=(0,64,64), Train=(192,64,128), Tree=(128,128,0), Truck_Bus=(192,128,192), Tunnel=(64,0,64), VegetationMisc=(192,192,0), Wall=(64,192,0))
+CAMVID_COLORS = dict(Animal=(64,128,64), Archway=(192,0,128), Bicyclist=(0,128,192), Bridge=(0,128,64),
+                     Building=(128,0,0), Car=(64,0,128),
+    CartLuggagePram=(64,0,192), Child=(192,128,64), Column_Pole=(192,192,128), Fence=(64,64,128),
+    LaneMkgsDriv=(128,0,192), LaneMkgsNonDriv=(192,0,64),
+    Misc_Text=(128,128,64), MotorcycleScooter=(192,0,192), OtherMoving=(128,64,64), ParkingBlock=(64,192,128),
+    Pedestrian=(64,64,0), Road=(128,64,128),
+    RoadShoulder=(128,128,192), Sidewalk=(0,0,192), SignSymbol=(192,128,128), Sky=(128,128,128),
+    SUVPickupTruck=(64,128,192), TrafficCone=(0,0,64),
+    TrafficLight=(0,64,64), Train=(192,64,128), Tree=(128,128,0), Truck_Bus=(192,128,192), Tunnel=(64,0,64),
+    VegetationMisc=(192,192,0), Wall=(64,192,0))
 
 # %% ../../nbs/42_data.camvid.ipynb #8328515c
-CAMVID = ClassSpec(CAMVID_NAMES, [CAMVID_COLORS[dict(Pole='Column_Pole', Pavement='Sidewalk').get(o, o)] for o in CAMVID_NAMES])
+CAMVID = ClassSpec(CAMVID_NAMES,
+                   [CAMVID_COLORS[dict(Pole='Column_Pole', Pavement='Sidewalk').get(o, o)] for o in CAMVID_NAMES])
 
 # %% ../../nbs/42_data.camvid.ipynb #ff2e4217
 def segnet_pairs(
@@ -56,7 +63,8 @@ def write_toy_camvid(
         return path
     for split,count in dict(train=n, val=n//2).items():
         write_toy_folder(path, count, 11, size, seed=count, folders=(split,f'{split}annot'), void=11)
-        (path/f'{split}.txt').write_text(''.join(f'/SegNet/CamVid/{split}/{i:03}.png /SegNet/CamVid/{split}annot/{i:03}.png\n' for i in range(count)))
+        (path/f'{split}.txt').write_text(''.join(f'/SegNet/CamVid/{split}/{i:03}.png '
+                                                 f'/SegNet/CamVid/{split}annot/{i:03}.png\n' for i in range(count)))
     return path
 
 # %% ../../nbs/42_data.camvid.ipynb #3b2a16f4
@@ -76,14 +84,16 @@ def _camvid_root(path, tiny):
     if path is None: return untar_data(URLs.CAMVID_TINY if tiny else URLs.CAMVID)
     for o in (Path(path), Path(path)/'CamVid'):
         if (o/'codes.txt').is_file() or (o/'train.txt').is_file(): return o
-    if not Path(path).is_dir(): raise FileNotFoundError(f"There is no folder {path}: give the folder of a CamVid copy, or None to download one")
-    raise FileNotFoundError(f"{path} holds neither `train.txt` (SegNet's copy) nor `codes.txt` (fastai's): give the folder that holds one of them")
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"There is no folder {path}: give the folder of a CamVid copy, or None to download one")
+    raise FileNotFoundError(f"{path} holds neither `train.txt` (SegNet's copy) nor `codes.txt` (fastai's): give the "
+                            f"folder that holds one of them")
 
 # %% ../../nbs/42_data.camvid.ipynb #0dbe6878
 def camvid_items(
     path:str|Path|None=None, # Folder of a copy; None downloads fastai's
     size:tuple|None=(192,256), # Height and width to keep images at; None is the files' own
-    splits:tuple=('train','val'), # SegNet's lists to train and validate on; a list may also be several joined by '+', as 'train+val'
+    splits:tuple=('train','val'), # SegNet's lists to train and validate on; '+' joins several, as 'train+val'
     tiny:bool=False, # Download the small sample instead of all images?
     valid:float=.2, # Share that validates where a fastai copy has no `valid.txt`
     cache:bool|None=None, # Keep decoded images in memory? None does so where they fit
@@ -93,7 +103,8 @@ def camvid_items(
     if (path/'codes.txt').is_file():
         spec,label_map = codes_to_spec(read_lines(path/'codes.txt'))
         listed = path/'valid.txt'
-        parts = split_pairs(pair_files(path/'images', path/'labels', mask_name='{stem}_P'), listed if listed.is_file() else valid)
+        parts = split_pairs(pair_files(path/'images', path/'labels', mask_name='{stem}_P'),
+                            listed if listed.is_file() else valid)
     else:
         spec,label_map = CAMVID,{11: VOID}
         parts = [[o for name in split.split('+') for o in segnet_pairs(path, name)] for split in splits]
@@ -113,4 +124,5 @@ def camvid_dls(
 ) -> DataLoaders: # With `vocab`, `c` and `spec`
     "Make DataLoaders from a CamVid copy."
     train,held_out = camvid_items(path, size, splits, tiny, valid, cache)
-    return make_dls(train, held_out, train.spec, bs=bs, num_workers=workers_for(train) if num_workers is None else num_workers, **kwargs)
+    return make_dls(train, held_out, train.spec, bs=bs,
+                    num_workers=workers_for(train) if num_workers is None else num_workers, **kwargs)

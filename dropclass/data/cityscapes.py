@@ -20,10 +20,12 @@ from .core import SegmentationItems, find_root, make_dls, pair_files, workers_fo
 _classes = [o for o in Cityscapes.classes if 0<=o.train_id<19]
 CITYSCAPES = ClassSpec([o.name for o in _classes], [o.color for o in _classes])
 CITYSCAPES_IDS = {o.id:o.train_id for o in _classes} # File label -> class
-CITYSCAPES_LABEL_MAP = {i:CITYSCAPES_IDS.get(i, VOID) for i in (-1, *range(256), 65535)} # -1, the licence plate, is 255 in 8 bits and 65535 in 16
+# -1, the licence plate, is 255 in 8 bits and 65535 in 16
+CITYSCAPES_LABEL_MAP = {i:CITYSCAPES_IDS.get(i, VOID) for i in (-1, *range(256), 65535)}
 
 # %% ../../nbs/44_data.cityscapes.ipynb #c457f03e
-CITYSCAPES_SHARES = (36.9,6.1,22.8,.7,.9,1.2,.2,.6,15.9,1.2,4.0,1.2,.1,7.0,.3,.2,.2,.1,.4) # Percent of the labelled training pixels, as printed in the paper
+# Percent of the labelled training pixels, as printed in the paper
+CITYSCAPES_SHARES = (36.9,6.1,22.8,.7,.9,1.2,.2,.6,15.9,1.2,4.0,1.2,.1,7.0,.3,.2,.2,.1,.4)
 
 # %% ../../nbs/44_data.cityscapes.ipynb #d43442ce
 CITYSCAPES_LAYOUT = """cityscapes/
@@ -42,15 +44,18 @@ def write_toy_cityscapes(
 ) -> Path: # The folder
     "Write coloured rectangles in the layout of Cityscapes, ids that are no class among them."
     path,(h,w) = Path(path),size
-    for split,kind,count in (('train','gtFine',n), ('val','gtFine',n//2), ('test','gtFine',1), ('train','gtCoarse',n), ('train_extra','gtCoarse',n)):
+    for split,kind,count in (('train','gtFine',n), ('val','gtFine',n//2), ('test','gtFine',1), ('train','gtCoarse',n),
+                             ('train_extra','gtCoarse',n)):
         for i in range(count):
             rng,city = np.random.default_rng([len(split), i]),('aachen','ulm')[i%2]
             ids = np.kron(rng.permutation(34)[:32].reshape(4, 8), np.ones((h//4, w//8), int)).astype(np.uint8)
             if split=='test': ids[:] = 3 # Out of region of interest: nothing is told about the test images
             folders = [path/'leftImg8bit'/split/city, path/kind/split/city]
             for o in folders: o.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(np.stack([ids*7, 255-ids*5, ids*3], 2)).save(folders[0]/f'{city}_{i:06}_000019_leftImg8bit.png')
-            for what in ('labelIds','color'): Image.fromarray(ids).save(folders[1]/f'{city}_{i:06}_000019_{kind}_{what}.png')
+            Image.fromarray(np.stack([ids*7, 255-ids*5, ids*3],
+                                     2)).save(folders[0]/f'{city}_{i:06}_000019_leftImg8bit.png')
+            for what in ('labelIds','color'):
+                Image.fromarray(ids).save(folders[1]/f'{city}_{i:06}_000019_{kind}_{what}.png')
     return path
 
 # %% ../../nbs/44_data.cityscapes.ipynb #5f8c681f
@@ -62,7 +67,9 @@ def cityscapes_pairs(
     coarse:bool=False, # Coarse labels for 'train' and 'val' too?
 ) -> list: # Pairs (image path, mask path)
     "List the images of one split with their labels."
-    if split=='test': raise ValueError("The labels of Cityscapes' test images are not public, their files hold void only: validate on 'val'")
+    if split=='test':
+        raise ValueError("The labels of Cityscapes' test images are not public, their files hold void only: validate "
+                         "on 'val'")
     check_choice(split, SPLITS, 'split')
     kind = 'gtCoarse' if coarse or split=='train_extra' else 'gtFine'
     folders = f'leftImg8bit/{split}',f'{kind}/{split}'
@@ -73,7 +80,8 @@ def cityscapes_pairs(
 def cityscapes_items(
     path:str|Path, # Folder that holds `leftImg8bit` and `gtFine`
     size:tuple|None=None, # Height and width to keep images at; None is the files' own, 1024x2048
-    splits:tuple=('train','val'), # Splits to train and validate on; one may also be several joined by '+', as 'train+val'
+    splits:tuple=('train',
+                  'val'), # Splits to train and validate on; one may also be several joined by '+', as 'train+val'
     coarse:bool=False, # Train on the 'train_extra' images and their coarse labels as well?
     cache:bool|None=None, # Keep decoded images in memory? None does so up to `CACHE_LIMIT` bytes
 ) -> tuple: # Training and validation `SegmentationItems`; both have the classes as `spec`
@@ -96,4 +104,5 @@ def cityscapes_dls(
 ) -> DataLoaders: # With `vocab`, `c` and `spec`
     "Make DataLoaders from Cityscapes."
     train,valid = cityscapes_items(path, size, splits, coarse, cache)
-    return make_dls(train, valid, CITYSCAPES, bs=bs, num_workers=workers_for(train) if num_workers is None else num_workers, **kwargs)
+    return make_dls(train, valid, CITYSCAPES, bs=bs,
+                    num_workers=workers_for(train) if num_workers is None else num_workers, **kwargs)

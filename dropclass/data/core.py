@@ -78,23 +78,29 @@ def open_image(
             upright.format = image.format # The kind of file it came from
             return upright
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        limit = ' (Pillow reads TIFF files of at most four bands)' if Path(path).suffix.lower() in ('.tif','.tiff') else ''
-        raise ValueError(f"Cannot read {path} as a picture ({e}): the file is damaged, cut off or of another kind{limit}; "
+        limit = (' (Pillow reads TIFF files of at most four bands)' if Path(path).suffix.lower() in ('.tif','.tiff')
+                 else '')
+        raise ValueError(f"Cannot read {path} as a picture ({e}): the file is damaged, cut off or of another "
+                         f"kind{limit}; "
                          "replace it or take it out") from e
 
 # %% ../../nbs/40_data.core.ipynb #507bd83f
 def _eight_bits(image, bits, name):
     "Keep the upper eight bits of a picture that has more."
-    if image.mode=='F': raise ValueError(f"{name} holds floating point numbers, whose scale is unknown: save it with 8 or 16 bits")
+    if image.mode=='F':
+        raise ValueError(f"{name} holds floating point numbers, whose scale is unknown: save it with 8 or 16 bits")
     if not image.mode.startswith('I'): return image
     if bits is None and not image.mode.startswith('I;16') and image.format not in ('PNG','PPM'):
-        raise ValueError(f"{name} holds 32-bit numbers, and how many of the bits are used is unknown: say it, `bits=16`")
+        raise ValueError(f"{name} holds 32-bit numbers, of which nobody knows how many are used: say it, `bits=16`")
     values = np.asarray(image).astype(np.int64)
-    if bits is None and 0<values.max()<4096: warnings.warn(
-        "A picture of 16 bits holds no value above 4095, so it is nearly black: if the camera writes 12 bits into 16, use bits=12")
+    if bits is None and 0<values.max()<4096:
+        warnings.warn(
+            "A picture of 16 bits holds no value above 4095, so it is nearly black: if the camera writes 12 bits into "
+            "16, use bits=12")
     bits = bits or 16
     if values.min()<0 or values.max()>=2**bits:
-        raise ValueError(f"{name} holds values {values.min()}..{values.max()}, more than {bits} bits: give `bits` of the camera that took it")
+        raise ValueError(f"{name} holds values {values.min()}..{values.max()}, more than {bits} bits: give `bits` of "
+                         f"the camera that took it")
     return Image.fromarray((values>>max(bits-8, 0)).astype(np.uint8))
 
 # %% ../../nbs/40_data.core.ipynb #65bb48ca
@@ -102,10 +108,13 @@ def _bands(image, in_chans, name):
     "Bring a picture to a number of channels."
     bands = image.getbands()
     if in_chans not in (1,3):
-        if len(bands)!=in_chans: raise ValueError(f"{name} has {len(bands)} channels ({', '.join(bands)}), not `in_chans={in_chans}`")
+        if len(bands)!=in_chans:
+            raise ValueError(f"{name} has {len(bands)} channels ({', '.join(bands)}), not `in_chans={in_chans}`")
         return image
-    if bands[-1]=='A' and image.getextrema()[-1][0]<255: warnings.warn(
-        f"Pictures have a fourth band that is not opaque, and in_chans={in_chans} leaves it out: if it holds data, near infrared for instance, use in_chans=4")
+    if bands[-1]=='A' and image.getextrema()[-1][0]<255:
+        warnings.warn(
+            f"Pictures have a fourth band that is not opaque, and in_chans={in_chans} leaves it out: if it holds "
+            f"data, near infrared for instance, use in_chans=4")
     return image.convert('L' if in_chans==1 else 'RGB')
 
 # %% ../../nbs/40_data.core.ipynb #8f60caf5
@@ -137,9 +146,11 @@ LOSSY = ('JPEG','MPO','JPEG2000') # Pillow's names for files that may not keep e
 # %% ../../nbs/40_data.core.ipynb #5f577d13
 def _check_mask_mode(mask, path):
     "Refuse a mask that holds colours, or whose labels were smeared by its file format."
-    if mask.mode not in MASK_MODES: raise ValueError(
-        f"Mask {path} has mode {mask.mode}: it holds colours or several channels, not one label per pixel. "
-        "If all channels are alike, save one of them; colours are converted by `labels_from_colors`. Save the result as an 8-bit grey PNG")
+    if mask.mode not in MASK_MODES:
+        raise ValueError(
+            f"Mask {path} has mode {mask.mode}: it holds colours or several channels, not one label per pixel. "
+            "If all channels are alike, save one of them; colours are converted by `labels_from_colors`. Save the "
+            "result as an 8-bit grey PNG")
     packing = mask.info.get('compression') # Of a TIFF
     if mask.format in LOSSY or packing in ('jpeg','tiff_jpeg','webp'): raise ValueError(
         f"Mask {path} is a {mask.format} file, which does not keep every pixel, so its labels cannot be trusted: "
@@ -154,7 +165,9 @@ def map_labels(
     labels = labels.astype(np.int64)
     if not label_map or not labels.size: return labels
     try: label_map = {int(k):int(v) for k,v in label_map.items()} # Keys that went through JSON are text
-    except ValueError: raise ValueError(f"`label_map` takes labels, not names, got {label_map}: write {{2: 1}} to make label 2 a 1") from None
+    except ValueError:
+        text = f"`label_map` takes labels, not names, got {label_map}: write {{2: 1}} to make label 2 a 1"
+        raise ValueError(text) from None
     first,last = int(labels.min()),int(labels.max())
     if last-first<2**16: # Files of 8 and 16 bits: a table of all labels between
         table = np.array([label_map.get(o, o) for o in range(first, last+1)])
@@ -191,8 +204,10 @@ def labels_from_colors(
     for o in void_colors: labels[pixels==code(o)] = spec.ignore_index
     for i,o in enumerate(spec.colors): labels[pixels==code(o)] = i
     unknown = np.unique(pixels[(labels==-1) & ~np.isin(pixels, [code(o) for o in void_colors])])[:4]
-    if len(unknown): raise ValueError(f"No class has the colour {', '.join(str((int(o)>>16, int(o)>>8&255, int(o)&255)) for o in unknown)}: "
-                                      "add it to the spec's colours or to `void_colors`")
+    if len(unknown):
+        raise ValueError(f"No class has the colour "
+                         f"{', '.join(str((int(o)>>16, int(o)>>8&255, int(o)&255)) for o in unknown)}: "
+                         "add it to the spec's colours or to `void_colors`")
     return torch.from_numpy(labels)
 
 # %% ../../nbs/40_data.core.ipynb #0f02d72a
@@ -218,7 +233,9 @@ def _by_stem(folder, pattern):
         key = (o.parent.relative_to(folder).as_posix(), m[1])
         if key in found: raise ValueError(f"{found[key]} and {o} have the same name: keep one of them")
         found[key] = o
-    if not found: raise ValueError(f"No picture in {folder} is named like {pattern!r}, the first one is {files[0].name}: change the pattern")
+    if not found:
+        raise ValueError(f"No picture in {folder} is named like {pattern!r}, the first one is {files[0].name}: change "
+                         f"the pattern")
     return found
 
 # %% ../../nbs/40_data.core.ipynb #e88dc273
@@ -236,9 +253,13 @@ def pair_files(
         pics = {k:o for k,o in pics.items() if o not in labels.values()}
     few = lambda keys: ', '.join(sorted(pics.get(k, labels.get(k)).name for k in keys)[:4])
     lost = pics.keys()-labels.keys()
-    if lost: raise ValueError(f"{len(lost)} of {len(pics)} images have no mask named like {mask_name!r} in {masks}: {few(lost)}. Add the masks, or take the images out")
+    if lost:
+        raise ValueError(f"{len(lost)} of {len(pics)} images have no mask named like {mask_name!r} in {masks}: "
+                         f"{few(lost)}. Add the masks, or take the images out")
     lost = labels.keys()-pics.keys()
-    if lost: raise ValueError(f"{len(lost)} of {len(labels)} masks have no image in {images}: {few(lost)}. Add the images, or take the masks out")
+    if lost:
+        raise ValueError(f"{len(lost)} of {len(labels)} masks have no image in {images}: {few(lost)}. Add the images, "
+                         f"or take the masks out")
     return [(pics[k],labels[k]) for k in sorted(pics)]
 
 # %% ../../nbs/40_data.core.ipynb #c2b82305
@@ -277,7 +298,8 @@ def _check_labels(labels, spec, path):
     bad = ((labels<0)|(labels>=len(spec))) & (labels!=spec.ignore_index)
     if not bad.any(): return labels
     values,C,void = torch.unique(labels[bad]).tolist(),len(spec),spec.ignore_index
-    raise ValueError(f"Mask {path} holds label {', '.join(map(str, values[:8]))}; the {C} class names fit labels 0..{C-1} and void is {void}: "
+    raise ValueError(f"Mask {path} holds label {', '.join(map(str, values[:8]))}; the {C} class names fit labels "
+                     f"0..{C-1} and void is {void}: "
                      f"give a name for every label, or send some to void with `label_map={{{values[0]}: {void}}}`")
 
 def _common_size(size, pairs, own):
@@ -338,7 +360,8 @@ def _labels(self:SegmentationItems, i, size):
 def _read_mask(self:SegmentationItems, i): return self._labels(i, self.size)
 
 @patch
-def _read(self:SegmentationItems, i): return read_image(self.pairs[i][0], self.size, self.in_chans, self.bits),self._read_mask(i)
+def _read(self:SegmentationItems, i):
+    return read_image(self.pairs[i][0], self.size, self.in_chans, self.bits),self._read_mask(i)
 
 @patch
 def get_mask(self:SegmentationItems,
@@ -426,8 +449,10 @@ class FittedItems(SegmentationItems):
     def _read_mask(self, i, image_size=None):
         image,path = self.pairs[i]
         mask = self._open_mask(path)
-        if image_size not in (None, mask.size): raise ValueError(
-            f"{image} and its mask {path} differ in size, {image_size} and {mask.size} (width, height): they must be the same size")
+        if image_size not in (None, mask.size):
+            raise ValueError(
+                f"{image} and its mask {path} differ in size, {image_size} and {mask.size} (width, height): they must "
+                f"be the same size")
         labels = read_mask(mask, fitted_size(mask.size[::-1], self.size), self.label_map)
         return place(_check_labels(labels, self.spec, path), self.size, self.spec.ignore_index)
 
@@ -529,14 +554,16 @@ class BatchTransform(RandTransform):
         crop:tuple|None=None, # Height and width of the window; None is the size of the batch
         scale:tuple=(.5,2.1), # Smallest and largest scale
         flip:float=.5, # Probability of a horizontal flip
-        fill:tuple=tuple(imagenet_stats[0]), # Colour outside the image, 0..1; normally the mean that is subtracted later
+        fill:tuple=tuple(imagenet_stats[0]), # Colour outside the image, 0..1; here the mean that is subtracted later
         ignore_index:int=VOID, # Label outside the image
     ):
         for name,o in (('crop',crop), ('scale',scale)):
             if o is None or isinstance(o, (tuple,list)) and len(o)==2 and all(isinstance(v, Real) for v in o): continue
             raise ValueError(f"`{name}` must be a pair of numbers, got {o!r}")
-        if crop is not None and not min(crop)>=1: raise ValueError(f"`crop` must be at least one pixel high and wide, got {crop}")
-        if not 0<scale[0]<=scale[1]: raise ValueError(f"`scale` must be a pair of positive numbers, smallest first, got {scale}")
+        if crop is not None and not min(crop)>=1:
+            raise ValueError(f"`crop` must be at least one pixel high and wide, got {crop}")
+        if not 0<scale[0]<=scale[1]:
+            raise ValueError(f"`scale` must be a pair of positive numbers, smallest first, got {scale}")
         if not 0<=flip<=1: raise ValueError(f"`flip` is a probability and must lie in [0,1], got {flip}")
         super().__init__(p=1.)
         self.crop,self.scale,self.flip,self.fill,self.ignore_index = crop,tuple(scale),flip,tuple(fill),ignore_index
@@ -590,7 +617,9 @@ class LazyItems:
         source, # A sequence of pairs
     ): self.source = source
     @property
-    def iloc(self): return self # What fastai's `Interpretation` indexes. Without an `__iter__` here, it does not read everything first
+    def iloc(self):
+        # What fastai's `Interpretation` indexes. Without an `__iter__` here, it does not read everything first
+        return self
     def __len__(self): return len(self.source)
     def __getitem__(self,
         i, # One index, or a list or tensor of them
@@ -629,7 +658,8 @@ class PrepareItem(ItemTransform):
     def __init__(self,
         size:tuple|None=None, # Height and width that files are resized to; None keeps theirs
         label_map:dict|None=None, # File label -> class or void, for masks that are still files
-        void:int|None=None, # Fit files onto a canvas of `size`, with this label around the mask; None stretches them to `size`
+        # Fit files onto a canvas of `size`, with this label around the mask; None stretches them to `size`
+        void:int|None=None,
         in_chans:int=3, # Channels of the images
         bits:int|None=None, # Bits that image files of more than 8 use, see `read_image`
     ):
@@ -645,15 +675,18 @@ class PrepareItem(ItemTransform):
 
     def image(self, x):
         "Read an image, or check that it is bytes already."
-        if not isinstance(x, Tensor): x = self.fit(x, partial(read_image, in_chans=self.in_chans, bits=self.bits), canvas_color(self.in_chans))
+        if not isinstance(x, Tensor):
+            x = self.fit(x, partial(read_image, in_chans=self.in_chans, bits=self.bits), canvas_color(self.in_chans))
         if x.dtype==torch.uint8 and x.ndim==3 and len(x)==self.in_chans: return TensorImage(x)
-        raise TypeError(f"An image must be bytes (uint8) of shape ({self.in_chans},H,W), got {x.dtype} of shape {tuple(x.shape)}: "
+        raise TypeError(f"An image must be bytes (uint8) of shape ({self.in_chans},H,W), got {x.dtype} of shape "
+                        f"{tuple(x.shape)}: "
                         "normalising comes later, in `make_dls`")
 
     def mask(self, y):
         "Read a mask, or take the labels as they are."
         if isinstance(y, AimedClass): return y
-        return TensorMask(y if isinstance(y, Tensor) else self.fit(y, partial(read_mask, label_map=self.label_map), self.void))
+        return TensorMask(y if isinstance(y, Tensor)
+                          else self.fit(y, partial(read_mask, label_map=self.label_map), self.void))
 
     def fit(self, o, read, fill):
         "Read a file or a picture, and bring it to the size of the others."
@@ -673,7 +706,8 @@ class ClassColors(ItemTransform):
 
     def decodes(self, b):
         from matplotlib.colors import ListedColormap
-        cmap = ListedColormap([tuple(v/255 for v in o) for o in self.spec.colors]).with_extremes(over='black', under='black')
+        cmap = ListedColormap([tuple(v/255 for v in o) for o in self.spec.colors]).with_extremes(over='black',
+                                                                                                 under='black')
         shown = dict(cmap=cmap, vmin=-.5, vmax=len(self.spec)-.5, alpha=.6, interpolation='nearest')
         for o in b:
             if isinstance(o, TensorMask): o._show_args = shown
@@ -684,7 +718,8 @@ def _prepare(items, spec):
     "The transform that reads files as these items were read."
     x,_ = items[0]
     void = spec.ignore_index if isinstance(items, FittedItems) else None
-    return PrepareItem(tuple(x.shape[-2:]), getattr(items, 'label_map', None), void, len(x), getattr(items, 'bits', None))
+    return PrepareItem(tuple(x.shape[-2:]), getattr(items, 'label_map', None), void, len(x),
+                       getattr(items, 'bits', None))
 
 def _checked_stats(stats, in_chans):
     "Mean and standard deviation for images of so many channels."
@@ -698,14 +733,17 @@ def _check_loaders(train_ds, valid_ds, bs, valid_bs, num_workers, n=None):
     "Refuse data sets and numbers that no batch can be made of."
     for name,o,least in (('bs',bs,1), ('valid_bs',valid_bs,1), ('num_workers',num_workers,0)):
         if o is not None and not o>=least: raise ValueError(f"`{name}` must be {least} or more, got {o}")
-    if len(train_ds)<bs: raise ValueError(f"A batch of {bs} needs as many training images, got {len(train_ds)}: lower `bs`")
-    if n is not None and n>len(train_ds): raise ValueError(f"`n` must be at most {len(train_ds)}, the number of training images, got {n}")
+    if len(train_ds)<bs:
+        raise ValueError(f"A batch of {bs} needs as many training images, got {len(train_ds)}: lower `bs`")
+    if n is not None and n>len(train_ds):
+        raise ValueError(f"`n` must be at most {len(train_ds)}, the number of training images, got {n}")
     if not len(valid_ds): raise ValueError("There are no validation images: hold some out")
 
 def _warn_of_crop(crop, scale, size):
     "Say that windows are larger than any image, so that the rest of them is void."
     if crop is None or not any(c>s*scale[1] for c,s in zip(crop, size)): return
-    warnings.warn(f"`crop` {tuple(crop)} is larger than images of {tuple(size)} pixels at the largest scale, {scale[1]}: "
+    warnings.warn(f"`crop` {tuple(crop)} is larger than images of {tuple(size)} pixels at the largest scale, "
+                  f"{scale[1]}: "
                   "the rest of every window is void")
 
 def make_dls(
@@ -718,7 +756,8 @@ def make_dls(
     scale:tuple=(.5,2.1), # Random scale of training images, smallest and largest
     flip:float=.5, # Probability of a horizontal flip
     augment:bool=True, # Use the random transforms in training? False trains on the images as they are
-    stats:tuple|None=None, # Mean and standard deviation per channel, for images in 0..1; None is ImageNet's, see `channel_stats`
+    # Mean and standard deviation per channel, for images in 0..1; None is ImageNet's, see `channel_stats`
+    stats:tuple|None=None,
     num_workers:int=0, # Processes that fetch items; with images in memory 0 is fastest
     device=None, # Where batches go; None is fastai's default
     path:str|Path='.', # Where the Learner keeps models
@@ -732,7 +771,8 @@ def make_dls(
     random_crop = [BatchTransform(crop, scale, flip, stats[0], spec.ignore_index)] if augment else []
     if augment: _warn_of_crop(crop, scale, valid_ds[0][0].shape[1:])
     shared = dict(after_item=[prepare], num_workers=num_workers)
-    train = dl_type(SegmentationDataset(train_ds, spec, 0), bs=bs, shuffle=True, drop_last=True, after_batch=random_crop+after, **shared, **kwargs)
+    train = dl_type(SegmentationDataset(train_ds, spec, 0), bs=bs, shuffle=True, drop_last=True,
+                    after_batch=random_crop+after, **shared, **kwargs)
     valid = TfmdDL(SegmentationDataset(valid_ds, spec, 1), bs=valid_bs or bs, after_batch=after, **shared)
     return DataLoaders(train, valid, path=path, device=default_device() if device is None else check_device(device))
 
@@ -757,8 +797,11 @@ def tta(self:Learner,
 ): # Predictions (M,C,H,W) and labels (M,H,W)
     "Average predictions over images and their mirror images."
     dl = self.dls[ds_idx].new(shuffle=False, drop_last=False) if dl is None else dl
-    if not isinstance(getattr(dl, 'dataset', None), SegmentationDataset): return _fastai_tta(self, ds_idx, dl, n, item_tfms, batch_tfms, beta, use_max)
-    if item_tfms or batch_tfms: raise ValueError("Predictions for images changed by other transforms cannot be turned back: leave out `item_tfms` and `batch_tfms`")
+    if not isinstance(getattr(dl, 'dataset', None), SegmentationDataset):
+        return _fastai_tta(self, ds_idx, dl, n, item_tfms, batch_tfms, beta, use_max)
+    if item_tfms or batch_tfms:
+        raise ValueError("Predictions for images changed by other transforms cannot be turned back: leave out "
+                         "`item_tfms` and `batch_tfms`")
     plain,targets = self.get_preds(dl=dl)
     turned = self.get_preds(dl=dl.new(after_batch=[*dl.after_batch.fs, Mirror()]))[0].flip(-1)
     if use_max: return torch.maximum(plain, turned),targets

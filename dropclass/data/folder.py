@@ -24,7 +24,8 @@ VALID_SHARE = .2 # Share of the pictures that validate where the data set does n
 def folder_split(
     items:SegmentationItems, # All images and labels
     images:str|Path, # Folder of the images
-    valid:float|str|Path|None=None, # Share of the pictures that validate, or a text file that names them; None asks the data set, then takes a fifth
+    # Share of the pictures that validate, or a text file that names them; None asks the data set, then takes a fifth
+    valid:float|str|Path|None=None,
     seed:int=42, # Seed of the random share
     group:str|None=None, # Regular expression whose first bracket names the picture that an image is a tile of
 ) -> tuple: # Two lists of pairs: training, validation
@@ -44,22 +45,26 @@ def folder_items(
     masks:str|Path, # Folder of the masks, with the same subfolders
     names:list|str|Path, # Class names in the order of the labels, or a text file with one a line
     size:tuple|None=None, # Height and width to keep images at; None is the files' own, which must then agree
-    valid:float|str|Path|None=None, # Share of the pictures that validate, or a text file that names them; None asks the data set, then takes a fifth
+    # Share of the pictures that validate, or a text file that names them; None asks the data set, then takes a fifth
+    valid:float|str|Path|None=None,
     seed:int=42, # Seed of the random share
-    group:str|None=None, # Regular expression whose first bracket names the picture that an image is a tile of, '(.+)_tile'; None: each image is a picture
+    # Regular expression whose first bracket names the picture that an image is a tile of, '(.+)_tile';
+    # None: each image is a picture
+    group:str|None=None,
     image_name:str='{stem}', # How images are named, without the ending
     mask_name:str='{stem}', # How masks are named, without the ending
     colors:tuple|None=None, # One (red, green, blue) in 0..255 per class; None picks distinct ones
     label_map:dict|None=None, # File label -> class or void, for instance `{0: 255, 1: 0, 2: 1}`
     ignore_index:int=VOID, # The void label
     cache:bool|None=None, # Keep decoded images in memory? None does so where they fit
-    fit:bool=False, # Shrink images until they fit a canvas of `size`, for folders of many sizes? False stretches them to `size`
+    fit:bool=False, # Shrink images of many sizes until they fit a canvas of `size`? False stretches them to it
     in_chans:int=3, # Channels of the images: 1 is grey, 3 red, green and blue, others are the bands of the file
     bits:int|None=None, # Bits that image files of more than 8 use; None: all 16 of a 16-bit file
 ) -> tuple: # Training and validation `SegmentationItems`; both have the classes as `spec`
     "Read two folders as two sequences of (image, labels)."
     spec = ClassSpec(read_lines(names) if isinstance(names, (str,Path)) else names, colors, ignore_index)
-    if fit and size is None: raise ValueError("`fit=True` needs `size`, the height and width of the canvas that all images are put on")
+    if fit and size is None:
+        raise ValueError("`fit=True` needs `size`, the height and width of the canvas that all images are put on")
     kind,pairs = FittedItems if fit else SegmentationItems,pair_files(images, masks, image_name, mask_name)
     every = kind(pairs, spec, size, label_map, False, in_chans, bits)
     image_class_counts(every) # Reads every mask

@@ -20,8 +20,12 @@ def repeated_images(
 ) -> list: # Positions of images, those that come several times in a row
     "Repeat the images that hold certain classes."
     for label,n in times.items():
-        if isinstance(n, bool) or n!=int(n) or not 1<=n<=10000: raise ValueError(f"`times` must be whole numbers from 1 to 10000, got {n!r} for class {label}: 2 shows its images twice an epoch")
-        if not counts[:,label].any(): raise ValueError(f"No training image holds class {label}, so none can be repeated: take the class out of `times`")
+        if isinstance(n, bool) or n!=int(n) or not 1<=n<=10000:
+            raise ValueError(f"`times` must be whole numbers from 1 to 10000, got {n!r} for class {label}: 2 shows "
+                             f"its images twice an epoch")
+        if not counts[:,label].any():
+            raise ValueError(f"No training image holds class {label}, so none can be repeated: take the class out of "
+                             f"`times`")
     often = torch.ones(len(counts), dtype=torch.long)
     for label,n in times.items(): often = torch.where(counts[:,label]>0, often.clamp(min=int(n)), often)
     return torch.arange(len(counts)).repeat_interleave(often).tolist()
@@ -51,7 +55,9 @@ def rarity_probs(
     temperature:float=.01, # Smaller numbers favour rare classes more
 ) -> Tensor: # Probability of each class (C,), float64
     "Turn pixel counts into the probability that a class is drawn."
-    if not temperature>0: raise ValueError(f"`temperature` must be more than 0, got {temperature}: 0.01 draws rare classes, 1 nearly all alike")
+    if not temperature>0:
+        raise ValueError(f"`temperature` must be more than 0, got {temperature}: 0.01 draws rare classes, 1 nearly "
+                         f"all alike")
     share = counts.double()/counts.sum()
     return ((1-share)/temperature).masked_fill(counts==0, -torch.inf).softmax(0)
 
@@ -68,13 +74,14 @@ class RareClassDL(TfmdDL):
         if temperature is not None:
             counts = image_class_counts(dataset)
             held = counts>=min_pixels
-            if not held.any(): raise ValueError(f"No training image holds {min_pixels} pixels of any class: lower `min_pixels`")
+            if not held.any():
+                raise ValueError(f"No training image holds {min_pixels} pixels of any class: lower `min_pixels`")
             self.probs = rarity_probs(counts.sum(0)*held.any(0), temperature).tolist()
             self.holders = [o.nonzero().flatten().tolist() for o in held.T]
         super().__init__(dataset, **kwargs)
         self.crops = any(isinstance(o, BatchTransform) for o in self.after_batch.fs)
 
-    def get_idxs(self): # A draw is one number, position + class * images, so that it survives workers and other processes
+    def get_idxs(self): # A draw is one number, position + class * images, so that it survives workers and ranks
         if self.temperature is None or not self.shuffle: return super().get_idxs()
         classes = self.rng.choices(range(len(self.probs)), self.probs, k=self.n)
         return [self.rng.choice(self.holders[c])+c*len(self.dataset) for c in classes]

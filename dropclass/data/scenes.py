@@ -20,9 +20,12 @@ from ..core import VOID, ClassSpec, check_unit
 from .core import SegmentationDataset, make_dls
 
 # %% ../../nbs/41_data.scenes.ipynb #261e1bbf
-SCENE_COLORS = {'road':(128,64,128), 'sidewalk':(244,35,232), 'building':(70,70,70), 'pole':(153,153,153), 'traffic sign':(220,220,0),
-    'vegetation':(107,142,35), 'terrain':(152,251,152), 'sky':(70,130,180), 'person':(220,20,60), 'rider':(255,0,0), 'car':(0,0,142),
-    'truck':(0,0,70), 'bus':(0,60,100), 'motorcycle':(0,0,230), 'bicycle':(119,11,32)} # Class name -> colour in pictures of masks
+SCENE_COLORS = {'road':(128,64,128), 'sidewalk':(244,35,232), 'building':(70,70,70), 'pole':(153,153,153),
+                'traffic sign':(220,220,0),
+    'vegetation':(107,142,35), 'terrain':(152,251,152), 'sky':(70,130,180), 'person':(220,20,60), 'rider':(255,0,0),
+    'car':(0,0,142),
+    # Class name -> colour in pictures of masks
+    'truck':(0,0,70), 'bus':(0,60,100), 'motorcycle':(0,0,230), 'bicycle':(119,11,32)}
 
 LABEL = {name:i for i,name in enumerate(SCENE_COLORS)} # Class name -> label; what is not in here is drawn as void
 
@@ -65,9 +68,11 @@ class Canvas:
         if label is not None: getattr(self.on_mask, kind)(points, fill=label, **kwargs)
 
     def poly(self, points, color, label=None): self.stroke('polygon', points, color, label)
-    def box(self, x0, y0, x1, y1, color, label=None): self.stroke('rectangle', [(min(x0,x1),min(y0,y1)),(max(x0,x1),max(y0,y1))], color, label)
+    def box(self, x0, y0, x1, y1, color, label=None):
+        self.stroke('rectangle', [(min(x0,x1),min(y0,y1)),(max(x0,x1),max(y0,y1))], color, label)
     def disc(self, x, y, r, color, label=None): self.stroke('ellipse', [(x-r,y-r),(x+r,y+r)], color, label)
-    def line(self, points, width, color, label=None): self.stroke('line', points, color, label, width=max(1, round(width*self.scale)))
+    def line(self, points, width, color, label=None):
+        self.stroke('line', points, color, label, width=max(1, round(width*self.scale)))
 
 # %% ../../nbs/41_data.scenes.ipynb #f059feeb
 def _rgb(h, s, v):
@@ -106,7 +111,8 @@ class Sprite:
         return [(t.x+self.facing*x*t.metre, t.y-y*t.metre) for x,y in points]
 
     def poly(self, points, color): self.canvas.poly(self.at(points), color, self.label)
-    def box(self, x0, y0, x1, y1, color): self.canvas.box(*[v for o in self.at([(x0,y0),(x1,y1)]) for v in o], color, self.label)
+    def box(self, x0, y0, x1, y1, color):
+        self.canvas.box(*[v for o in self.at([(x0,y0),(x1,y1)]) for v in o], color, self.label)
     def disc(self, x, y, r, color): self.canvas.disc(*self.at([(x,y)])[0], r*self.thing.metre, color, self.label)
     def line(self, points, width, color): self.canvas.line(self.at(points), width*self.thing.metre, color, self.label)
 
@@ -133,7 +139,8 @@ def _draw_human(s):
         s.poly([(-.22,0),(-.05,0),(0,.6),(.08,0),(.25,0),(.2,.85),(-.2,.85)], legs)
         s.poly([(-.24,.8),(.24,.8),(.3,1.4),(-.3,1.4)], coat)
         for x in (-1,1): s.line([(.28*x,1.35),(.36*x,.8)], .12, coat)
-    if s.thing.name=='rider': s.line([(-.12,1.08),(.24,1.08)] if seated else [(-.26,1.1),(.26,1.1)], .14, _rgb(.16, .5, .98))
+    if s.thing.name=='rider':
+        s.line([(-.12,1.08),(.24,1.08)] if seated else [(-.26,1.1),(.26,1.1)], .14, _rgb(.16, .5, .98))
     _draw_head(s, .22*seated, 1.6)
 
 # %% ../../nbs/41_data.scenes.ipynb #237594fc
@@ -143,17 +150,25 @@ def _draw_bicycle(s):
     color = _rgb(u[1], .3+.6*u[2], .25+.6*u[3])
     back,front,pedal,seat,bar = (-.62,.36),(.62,.36),(0,.33),(-.2,.85),(.45,.85)
     for x,y in (back,front):
-        s.disc(x, y, .38, dark); s.disc(x, y, .28, (125,125,125))
-        s.line([(x-.25,y),(x+.25,y)], .05, (70,70,70)); s.line([(x,y-.26),(x,y+.26)], .05, (70,70,70))
-    for tube in ((back,seat), (seat,bar), (bar,pedal), (pedal,seat), (back,pedal), (front,(.42,1.05))): s.line(tube, .09, color)
-    s.line([(-.38,.92),(-.05,.92)], .1, dark); s.line([(.3,1.08),(.5,1.05)], .08, dark)
+        s.disc(x, y, .38, dark)
+        s.disc(x, y, .28, (125,125,125))
+        s.line([(x-.25,y),(x+.25,y)], .05, (70,70,70))
+        s.line([(x,y-.26),(x,y+.26)], .05, (70,70,70))
+    for tube in ((back,seat), (seat,bar), (bar,pedal), (pedal,seat), (back,pedal), (front,(.42,1.05))):
+        s.line(tube, .09, color)
+    s.line([(-.38,.92),(-.05,.92)], .1, dark)
+    s.line([(.3,1.08),(.5,1.05)], .08, dark)
 
 def _draw_motorcycle(s):
     "Draw solid wheels and a closed body."
     u = s.thing.look
-    for x in (-.62,.62): s.disc(x, .36, .38, (30,30,34)); s.disc(x, .36, .14, (150,150,155))
-    s.poly([(-.75,.85),(-.3,.72),(.05,.95),(.4,.95),(.45,.6),(.2,.28),(-.25,.28),(-.45,.55)], _rgb(u[1], .3+.6*u[2], .25+.6*u[3]))
-    s.line([(.62,.36),(.42,1.05)], .1, (90,90,95)); s.line([(-.8,.3),(-.1,.26)], .1, (200,200,205))
+    for x in (-.62,.62):
+        s.disc(x, .36, .38, (30,30,34))
+        s.disc(x, .36, .14, (150,150,155))
+    s.poly([(-.75,.85),(-.3,.72),(.05,.95),(.4,.95),(.45,.6),(.2,.28),(-.25,.28),(-.45,.55)],
+           _rgb(u[1], .3+.6*u[2], .25+.6*u[3]))
+    s.line([(.62,.36),(.42,1.05)], .1, (90,90,95))
+    s.line([(-.8,.3),(-.1,.26)], .1, (200,200,205))
     s.disc(.5, .9, .1, (250,245,200))
 
 # %% ../../nbs/41_data.scenes.ipynb #c524674f
@@ -168,8 +183,11 @@ def _draw_car(s):
     color,glass = _rgb(u[1], .85*u[2]**1.5, .15+.8*u[3]),_rgb(.58, .35, .2+.25*u[4])
     if u[5]<.5:
         s.poly([(-2,.3),(-2,.85),(-1.5,.95),(-1,1.45),(.6,1.45),(1.2,.95),(2,.8),(2.1,.3)], color)
-        s.poly([(-1.25,.95),(-.88,1.35),(-.2,1.35),(-.2,.95)], glass); s.poly([(-.1,.95),(-.1,1.35),(.52,1.35),(.95,.95)], glass)
-        for x in (-1.25,1.3): s.disc(x, .33, .36, (25,25,28)); s.disc(x, .33, .17, (140,140,145))
+        s.poly([(-1.25,.95),(-.88,1.35),(-.2,1.35),(-.2,.95)], glass)
+        s.poly([(-.1,.95),(-.1,1.35),(.52,1.35),(.95,.95)], glass)
+        for x in (-1.25,1.3):
+            s.disc(x, .33, .36, (25,25,28))
+            s.disc(x, .33, .17, (140,140,145))
         return
     for x in (-.65,.65): s.box(x-.17, 0, x+.17, .4, (20,20,22))
     s.poly([(-.9,.25),(-.95,.85),(-.65,1.45),(.65,1.45),(.95,.85),(.9,.25)], color)
@@ -186,17 +204,23 @@ def _bus_or_truck_side(s, color, glass):
         s.box(1.9, .5, 2.6, 2.6, _shade(glass, 1.4))
     else:
         for x in (-2.4,-1.6,-.8,0,.8): s.line([(x,.6),(x,2.95)], .08, _shade(color, .75))
-        s.box(1.3, .45, 1.5, 3, (35,35,38)); s.box(1.45, 2.65, 3, 3, _shade(color, .55)); s.box(2, 1.6, 2.95, 2.4, glass)
-    for x in (-1.9,2): s.disc(x, .45, .48, (22,22,25)); s.disc(x, .45, .2, (140,140,145))
+        s.box(1.3, .45, 1.5, 3, (35,35,38))
+        s.box(1.45, 2.65, 3, 3, _shade(color, .55))
+        s.box(2, 1.6, 2.95, 2.4, glass)
+    for x in (-1.9,2):
+        s.disc(x, .45, .48, (22,22,25))
+        s.disc(x, .45, .2, (140,140,145))
 
 def _bus_or_truck_end(s, color, glass):
     "Draw the short side: a pane and a sign, or two doors."
     for x in (-.85,.85): s.box(x-.25, 0, x+.25, .5, (20,20,22))
     s.box(-1.25, .35, 1.25, 3, color)
     if s.thing.name=='bus':
-        s.box(-1.1, 1.35, 1.1, 2.4, glass); s.box(-.8, 2.5, .8, 2.85, (250,190,60))
+        s.box(-1.1, 1.35, 1.1, 2.4, glass)
+        s.box(-.8, 2.5, .8, 2.85, (250,190,60))
     else:
-        s.line([(0,.5),(0,2.9)], .1, _shade(color, .5)); s.box(-1.15, 2.75, 1.15, 2.9, _shade(color, .7))
+        s.line([(0,.5),(0,2.9)], .1, _shade(color, .5))
+        s.box(-1.15, 2.75, 1.15, 2.9, _shade(color, .7))
         for y in (1.1,2.2): s.line([(-1.15,y),(1.15,y)], .09, _shade(color, .75))
     _draw_lights(s, .95, .62, .22)
 
@@ -212,24 +236,34 @@ def _draw_pole(s):
     u = s.thing.look
     grey,lamp = _rgb(.6, .08, .25+.4*u[1]),u[2]<.6
     s.box(-.11, 0, .11, 4.3 if lamp else 3.4, grey)
-    if lamp: s.line([(0,4.25),(.9,4.4)], .16, grey); s.box(.6, 4.2, 1.2, 4.45, (240,235,200))
+    if lamp:
+        s.line([(0,4.25),(.9,4.4)], .16, grey)
+        s.box(.6, 4.2, 1.2, 4.45, (240,235,200))
 
 def _draw_sign(s):
     "Draw a round, three-cornered or square sign."
     u,white = s.thing.look,(240,240,240)
     y,color = 2.75 if s.thing.support=='pole' else .45,_rgb((0,.6,.13)[int(3*u[1])], .9, .8)
-    if u[2]<.4: s.disc(0, y, .5, color); s.disc(0, y, .3, white)
-    elif u[2]<.7: s.poly([(-.55,y-.42),(.55,y-.42),(0,y+.55)], color); s.poly([(-.26,y-.25),(.26,y-.25),(0,y+.22)], white)
-    else: s.box(-.5, y-.45, .5, y+.45, color); s.box(-.3, y-.1, .3, y+.15, white)
+    if u[2]<.4:
+        s.disc(0, y, .5, color)
+        s.disc(0, y, .3, white)
+    elif u[2]<.7:
+        s.poly([(-.55,y-.42),(.55,y-.42),(0,y+.55)], color)
+        s.poly([(-.26,y-.25),(.26,y-.25),(0,y+.22)], white)
+    else:
+        s.box(-.5, y-.45, .5, y+.45, color)
+        s.box(-.3, y-.1, .3, y+.15, white)
 
 def _draw_bin(s):
     "Draw a litter bin."
     u = s.thing.look
     color = _rgb(u[1], .5*u[2], .2+.5*u[3])
-    s.poly([(-.3,0),(.3,0),(.38,1),(-.38,1)], color); s.box(-.42, .95, .42, 1.1, _shade(color, .7))
+    s.poly([(-.3,0),(.3,0),(.38,1),(-.38,1)], color)
+    s.box(-.42, .95, .42, 1.1, _shade(color, .7))
 
 # %% ../../nbs/41_data.scenes.ipynb #71e82e4d
-_DRAW = {'person':_draw_human, 'rider':_draw_human, 'bicycle':_draw_bicycle, 'motorcycle':_draw_motorcycle, 'car':_draw_car, 'truck':_draw_bus_or_truck,
+_DRAW = {'person':_draw_human, 'rider':_draw_human, 'bicycle':_draw_bicycle, 'motorcycle':_draw_motorcycle,
+         'car':_draw_car, 'truck':_draw_bus_or_truck,
          'bus':_draw_bus_or_truck, 'pole':_draw_pole, 'traffic sign':_draw_sign, 'litter bin':_draw_bin}
 
 # %% ../../nbs/41_data.scenes.ipynb #15acfecb
@@ -288,7 +322,9 @@ def _draw_building(canvas, x0, x1, y, height, u):
         for j in range(rows-1):
             a,b = x0+dx*(i+.25),y-height+dy*(j+.25)
             canvas.box(a, b, a+.5*dx, b+.5*dy, glass)
-    if u[6]<.4: canvas.poly([(x0-.02,y-height),((x0+x1)/2,y-height*1.25),(x1+.02,y-height)], _shade(wall, .6), LABEL['building'])
+    if u[6]<.4:
+        canvas.poly([(x0-.02,y-height),((x0+x1)/2,y-height*1.25),(x1+.02,y-height)], _shade(wall, .6),
+                    LABEL['building'])
 
 def _draw_tree(canvas, x, y, height, u):
     "Draw a trunk and a crown of leaves."
@@ -320,20 +356,23 @@ def _draw_roadside(canvas, street, rng):
             u,v = rng.random(8),rng.random(8)
             if u[0]<.15: continue
             x,y = street.point(edge+side*.15*u[1], t)
-            if v[0]<(.08 if street.setting=='country' else .8): _draw_building(canvas, *sorted((x, x+side*t*(1.2+1.2*u[2]))), y, t*(1+1.2*u[3]), v)
+            if v[0]<(.08 if street.setting=='country' else .8):
+                _draw_building(canvas, *sorted((x, x+side*t*(1.2+1.2*u[2]))), y, t*(1+1.2*u[3]), v)
             elif street.setting=='country' or v[0]<.88: _draw_tree(canvas, x+side*t*.5*u[2], y, t*(1.1+.7*u[3]), v)
 
 # %% ../../nbs/41_data.scenes.ipynb #365fb091
 def _draw_ground(canvas, street, rng):
     "Draw grass, sidewalks with their joints, and the road with its markings."
     u,h = rng.random(8),street.horizon
-    walk,grass,road = _rgb(.07+.06*u[0], .2*u[1], .4+.35*u[2]),_rgb(.12+.16*u[3], .35+.3*u[4], .3+.3*u[5]),_rgb(.6, .12*u[6], .25+.25*u[7])
+    walk,grass,road = _rgb(.07+.06*u[0], .2*u[1], .4+.35*u[2]),_rgb(.12+.16*u[3], .35+.3*u[4],
+                                                                    .3+.3*u[5]),_rgb(.6, .12*u[6], .25+.25*u[7])
     name,color = ('terrain',grass) if street.grass else ('sidewalk',walk)
     fan = lambda left,right: [street.point(0, 0), street.point(left, 1), street.point(right, 1)]
     canvas.box(0, h, street.aspect, 1, color, LABEL[name])
     canvas.poly(fan(street.left-street.walk, street.right+street.walk), walk, LABEL['sidewalk'])
     for t in (.12,.2,.32,.5,.75):
-        for a,b in street.bands['sidewalk']: canvas.line([street.point(a, t), street.point(b, t)], .004, _shade(walk, .82))
+        for a,b in street.bands['sidewalk']:
+            canvas.line([street.point(a, t), street.point(b, t)], .004, _shade(walk, .82))
     canvas.poly(fan(street.left-.03, street.right+.03), _shade(walk, 1.15), LABEL['sidewalk'])
     canvas.poly(fan(street.left, street.right), road, LABEL['road'])
     for t in (.1,.17,.27,.42,.65):
@@ -354,11 +393,15 @@ class Rule(NamedTuple):
     alone:bool=False # Only outside its usual context? (Within, it comes along with another thing)
 
 RULES = (Rule('car',.36,'road'), Rule('car',.36,'road'), Rule('person',.2,'sidewalk'), Rule('person',.2,'sidewalk'),
-    Rule('truck',.13,'road','country'), Rule('bus',.12,'road','city'), Rule('motorcycle',.075,'road','country'), Rule('bicycle',.15,'road','city'),
-    Rule('rider',.225*7/8,'two-wheeler',alone=True), Rule('pole',.22,'sidewalk'), Rule('traffic sign',.24,'pole'), Rule('pole',.24*3/4,'sidewalk',alone=True)) # What may occur in a scene
+    Rule('truck',.13,'road','country'), Rule('bus',.12,'road','city'), Rule('motorcycle',.075,'road','country'),
+    Rule('bicycle',.15,'road','city'),
+    # What may occur in a scene
+    Rule('rider',.225*7/8,'two-wheeler',alone=True), Rule('pole',.22,'sidewalk'), Rule('traffic sign',.24,'pole'),
+    Rule('pole',.24*3/4,'sidewalk',alone=True))
 
 # %% ../../nbs/41_data.scenes.ipynb #431892ee
-_DEPTH = {'truck':(.16,.42), 'bus':(.16,.42), 'car':(.16,.6), 'motorcycle':(.26,.58), 'bicycle':(.26,.6)} # Farthest and nearest depth, if not 0.24 and 0.62
+# Farthest and nearest depth, if not 0.24 and 0.62
+_DEPTH = {'truck':(.16,.42), 'bus':(.16,.42), 'car':(.16,.6), 'motorcycle':(.26,.58), 'bicycle':(.26,.6)}
 
 def _place(street, name, support, u, look):
     "Choose a visible place on a ground band."
@@ -420,7 +463,8 @@ def context_table(
     seed:int=0, # Which set of scenes
 ) -> pd.DataFrame: # Share (0..1) of each class's things on each support and in the city; classes are rows
     "Count what things stand on."
-    rows = [(o.name, o.support, street.setting) for street,things in (plan_scene(i, seed, bias) for i in range(n)) for o in things]
+    rows = [(o.name, o.support, street.setting) for street,things in (plan_scene(i, seed, bias) for i in range(n))
+            for o in things]
     df = pd.DataFrame(rows, columns=['name','support','setting'])
     df = df[df.name.isin(list(LABEL))]
     table = pd.crosstab(df.name, df.support, normalize='index')
@@ -465,7 +509,8 @@ def check_scene_size(
 ) -> tuple: # The same as two ints
     "Refuse a size that is not two numbers of at least 16 pixels."
     if not isinstance(size, (tuple,list)) or len(size)!=2 or any(int(o)!=o or o<16 for o in size):
-        raise ValueError(f"`size` must be (height, width) of at least 16 pixels each, got {size}: (96,128) is the usual one")
+        raise ValueError(f"`size` must be (height, width) of at least 16 pixels each, got {size}: (96,128) is the "
+                         f"usual one")
     return tuple(map(int, size))
 
 def render_scene(
@@ -508,7 +553,9 @@ class Scenes:
 
     def __getitem__(self, i): return self.images[i],self.masks[i]
     def __len__(self): return len(self.images)
-    def __repr__(self): return f"{len(self)} scenes of {self.size[0]}x{self.size[1]}, bias {self.bias}, seed {self.seed}, from {self.start}"
+    def __repr__(self):
+        height,width = self.size
+        return f"{len(self)} scenes of {height}x{width}, bias {self.bias}, seed {self.seed}, from {self.start}"
 
 # %% ../../nbs/41_data.scenes.ipynb #7858455a
 TEST_START = 1_000_000 # Index of the first validation scene; the unbiased scenes start at twice this
@@ -524,7 +571,8 @@ def scenes_dls(
     **kwargs, # More for `make_dls`: `crop`, `scale`, `flip`, `augment`, `valid_bs`, `device` ...
 ): # DataLoaders with `vocab`, `c`, `spec`, and `unbiased`
     "Make DataLoaders of the biased world, with a second test set of the unbiased one."
-    if n_train>TEST_START: raise ValueError(f"`n_train` must be at most {TEST_START}, got {n_train}: later indices are the test scenes")
+    if n_train>TEST_START:
+        raise ValueError(f"`n_train` must be at most {TEST_START}, got {n_train}: later indices are the test scenes")
     spec = scene_spec()
     train,valid = Scenes(n_train, seed, bias, size),Scenes(n_valid, test_seed, bias, size, TEST_START)
     dls = make_dls(train, valid, spec, bs=bs, **kwargs)

@@ -43,11 +43,13 @@ def listed_images(
     many = next((o for o,f in found.items() if len(f)>1), None)
     if many:
         two = ' and '.join(str(images[i]) for i in sorted(found[many])[:2])
-        raise ValueError(f"{file} names {many!r}, and {len(found[many])} images are called so, {two}: write their folder before it")
+        raise ValueError(f"{file} names {many!r}, and {len(found[many])} images are called so, {two}: write their "
+                         f"folder before it")
     return set().union(*found.values())
 
 # %% ../../nbs/48_data.split.ipynb #161183b6
-PARTS = dict(train=('train','training'), valid=('valid','val','validation'), test=('test','testing')) # Part -> names of its list or folder
+# Part -> names of its list or folder
+PARTS = dict(train=('train','training'), valid=('valid','val','validation'), test=('test','testing'))
 
 class Split(NamedTuple):
     "A data set divided in two."
@@ -93,7 +95,9 @@ def brought_split(
 def _as_split(pairs, train, held, deciders):
     "Check a split, and put it into words."
     both = sorted(train&held)
-    if both: raise ValueError(f"{deciders}: {len(both)} images train and validate, {pairs[both[0]][0]} for one: take them out of one of the two")
+    if both:
+        raise ValueError(f"{deciders}: {len(both)} images train and validate, {pairs[both[0]][0]} for one: take them "
+                         f"out of one of the two")
     for what,o in (('train on',train), ('validate',held)):
         if not o: raise ValueError(f"{deciders}: none of {len(pairs)} images is left to {what}")
     said = f"{deciders} decide{'' if ' and ' in deciders else 's'}: {len(train)} images train, {len(held)} validate"
@@ -109,16 +113,21 @@ def picture_groups(
     "Find the images that must stay together."
     if group is None: return list(range(len(images)))
     rule = re.compile(group)
-    if rule.groups!=1: raise ValueError(f"`group` needs one bracket around the name of the picture, got {group!r}: '(.+)_tile' takes what stands before '_tile'")
+    if rule.groups!=1:
+        raise ValueError(f"`group` needs one bracket around the name of the picture, got {group!r}: '(.+)_tile' takes "
+                         f"what stands before '_tile'")
     found = [rule.search(PurePath(o).stem) for o in images]
     lost = [PurePath(o).name for o,m in zip(images, found) if not m]
-    if lost: raise ValueError(f"`group` {group!r} does not fit {len(lost)} of {len(images)} names, {lost[0]} for one: change the expression")
+    if lost:
+        raise ValueError(f"`group` {group!r} does not fit {len(lost)} of {len(images)} names, {lost[0]} for one: "
+                         f"change the expression")
     names = [(PurePath(o).parent, m[1]) for o,m in zip(images, found)]
     number = {o:i for i,o in enumerate(dict.fromkeys(names))}
     return [number[o] for o in names]
 
 # %% ../../nbs/48_data.split.ipynb #c3804551
-TILES = (r'(.+?)[_-]?(?:tile|patch|crop)[_-]?\d.*', r'(.+?)[_-][a-z]{0,3}\d+[_-][a-z]{0,3}\d+') # What names of tiles look like
+# What names of tiles look like
+TILES = (r'(.+?)[_-]?(?:tile|patch|crop)[_-]?\d.*', r'(.+?)[_-][a-z]{0,3}\d+[_-][a-z]{0,3}\d+')
 
 def tile_hint(
     images:list, # Image paths
@@ -127,9 +136,11 @@ def tile_hint(
     for rule in TILES:
         found = [re.fullmatch(rule, PurePath(o).stem, re.IGNORECASE) for o in images]
         scenes = {(PurePath(o).parent, m[1]) for o,m in zip(images, found) if m}
-        if all(found) and 1<len(scenes)<=len(images)/2: return (
-            f"{len(images)} names look like tiles of {len(scenes)} pictures ({PurePath(images[0]).name}): if they are, tiles of one picture train and validate. "
-            f"Keep them together by group={rule!r}, or another expression whose bracket finds the picture")
+        if all(found) and 1<len(scenes)<=len(images)/2:
+            return (
+                f"{len(images)} names look like tiles of {len(scenes)} pictures ({PurePath(images[0]).name}): if they "
+                f"are, tiles of one picture train and validate. "
+                f"Keep them together by group={rule!r}, or another expression whose bracket finds the picture")
     return ''
 
 # %% ../../nbs/48_data.split.ipynb #f8603e29
@@ -140,7 +151,7 @@ def _missing(inside, total):
     return (unseen|unlearned).sum(-1)
 
 def _best_swap(held, inside, out, enter, leave):
-    "The pair of units, one to enter the validation set and one to leave it, after which the fewest classes are missing."
+    "Choose a unit to enter the validation set and one to leave it, so that the fewest classes are missing."
     after = inside+held[enter][:,None]-held[leave][None] # (entering, leaving, C)
     missing = _missing(after, held.sum(0))
     a,b = np.unravel_index(missing.argmin(), missing.shape)
@@ -175,7 +186,8 @@ def spread_classes(
 # %% ../../nbs/48_data.split.ipynb #e6ef9371
 def split_pairs(
     pairs:list, # Pairs (image path, mask path)
-    valid:float|str|Path=.2, # Share of the pictures that validate, or a text file that names them, with or without the ending
+    # Share of the pictures that validate, or a text file that names them, with or without the ending
+    valid:float|str|Path=.2,
     seed:int=42, # Seed of the random share
     group:str|None=None, # Regular expression whose first bracket names the picture that an image is a tile of
     counts=None, # Pixels of each class in each image (M,C); None does not look at classes
@@ -184,7 +196,8 @@ def split_pairs(
     images = [o for o,_ in pairs]
     if isinstance(valid, (str,Path)): held_out = listed_images(images, valid)
     else: held_out = _drawn(picture_groups(images, group), valid, seed, counts)
-    if len(held_out)==len(pairs): raise ValueError(f"All {len(pairs)} images validate and none is left to train on: hold out fewer")
+    if len(held_out)==len(pairs):
+        raise ValueError(f"All {len(pairs)} images validate and none is left to train on: hold out fewer")
     return [o for i,o in enumerate(pairs) if i not in held_out],[o for i,o in enumerate(pairs) if i in held_out]
 
 def _drawn(groups, share, seed, counts):

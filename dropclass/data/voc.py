@@ -17,7 +17,8 @@ from ..core import ClassSpec, check_choice
 from .core import FittedItems, find_root, inside, make_dls, open_image, read_lines, workers_for
 
 # %% ../../nbs/45_data.voc.ipynb #077c344f
-VOC_NAMES = ('background','aeroplane','bicycle','bird','boat','bottle','bus','car','cat','chair','cow','diningtable','dog','horse','motorbike','person','pottedplant','sheep','sofa','train','tvmonitor')
+VOC_NAMES = ('background','aeroplane','bicycle','bird','boat','bottle','bus','car','cat','chair','cow','diningtable',
+             'dog','horse','motorbike','person','pottedplant','sheep','sofa','train','tvmonitor')
 
 def voc_color(
     label:int, # Label, 0..255
@@ -37,7 +38,8 @@ def open_mask(
     if not Path(path).is_file(): raise FileNotFoundError(f"There is no file {path}")
     try: return Image.fromarray(loadmat(str(path))['GTcls'][0]['Segmentation'][0].astype(np.uint8))
     except Exception as e: # Whatever a broken file makes scipy raise
-        raise ValueError(f"Cannot read {path} as a mask of SBD ({type(e).__name__}: {e}): it should hold `GTcls.Segmentation`; take the file from SBD's `cls` folder") from e
+        raise ValueError(f"Cannot read {path} as a mask of SBD ({type(e).__name__}: {e}): it should hold "
+                         f"`GTcls.Segmentation`; take the file from SBD's `cls` folder") from e
 
 # %% ../../nbs/45_data.voc.ipynb #a690f76e
 VOC_LAYOUT = """VOCdevkit/VOC2012/
@@ -59,8 +61,10 @@ def write_toy_voc(
     from scipy.io import savemat
     path = Path(path)
     voc,sbd = path/'VOCdevkit/VOC2012',path/'benchmark_RELEASE/dataset'
-    for o in (voc/'JPEGImages', voc/'SegmentationClass', voc/'ImageSets/Segmentation', sbd/'cls'): o.mkdir(parents=True, exist_ok=True)
-    names = dict(train=[f'2007_{i:06}' for i in range(n)], val=[f'2008_{i:06}' for i in range(n)], extra=[f'2009_{i:06}' for i in range(n)])
+    for o in (voc/'JPEGImages', voc/'SegmentationClass', voc/'ImageSets/Segmentation', sbd/'cls'):
+        o.mkdir(parents=True, exist_ok=True)
+    names = dict(train=[f'2007_{i:06}' for i in range(n)], val=[f'2008_{i:06}' for i in range(n)],
+                 extra=[f'2009_{i:06}' for i in range(n)])
     for i,name in enumerate(o for part in names.values() for o in part):
         rng,(h,w) = np.random.default_rng(i),((24,32),(32,24),(20,40))[i%3]
         labels = np.kron(rng.integers(21, size=(2,2)), np.ones((h//2,w//2), int)).astype(np.uint8)
@@ -72,7 +76,8 @@ def write_toy_voc(
         mask.putpalette([v for o in range(256) for v in voc_color(o)])
         mask.save(voc/f'SegmentationClass/{name}.png')
     for split in ('train','val'): (voc/f'ImageSets/Segmentation/{split}.txt').write_text('\n'.join(names[split])+'\n')
-    (sbd/'train.txt').write_text('\n'.join(names['extra'][1:]+names['train'][:1]+names['val'][:1])+'\n') # SBD's lists know nothing of VOC's
+    # SBD's lists know nothing of VOC's
+    (sbd/'train.txt').write_text('\n'.join(names['extra'][1:]+names['train'][:1]+names['val'][:1])+'\n')
     (sbd/'val.txt').write_text('\n'.join(names['extra'][:1]+names['val'][1:2])+'\n')
     return path
 
@@ -87,7 +92,8 @@ def trainaug_names(
     "List the images of VOC and SBD that are in no validation set of VOC."
     names = sorted({*train, *sbd}-{*val})
     if (len(train), len(val), len(sbd))==(1464,1449,11355) and len(names)!=TRAINAUG:
-        raise ValueError(f"The lists of VOC and SBD give {len(names)} images instead of {TRAINAUG}: one of them is not the original, unpack it again")
+        raise ValueError(f"The lists of VOC and SBD give {len(names)} images instead of {TRAINAUG}: one of them is "
+                         f"not the original, unpack it again")
     return names
 
 # %% ../../nbs/45_data.voc.ipynb #2afc158a
@@ -95,14 +101,16 @@ def voc_root(
     path:str|Path, # The folder itself, `VOCdevkit`, or the folder around it
 ) -> Path: # The folder that holds `JPEGImages`
     "Find the folder of VOC 2012."
-    return find_root(path, ('JPEGImages','SegmentationClass','ImageSets/Segmentation'), VOC_LAYOUT, ('','VOCdevkit/VOC2012','VOC2012'))
+    return find_root(path, ('JPEGImages','SegmentationClass','ImageSets/Segmentation'), VOC_LAYOUT,
+                     ('','VOCdevkit/VOC2012','VOC2012'))
 
 def _trainaug_pairs(root, sbd, around):
     "Name and mask of every augmented training image."
     listed = root/'ImageSets/Segmentation/trainaug.txt'
     if sbd is None and (root/'SegmentationClassAug').is_dir() and listed.is_file():
         return [(o, inside(root, f'SegmentationClassAug/{o}.png')) for o in read_lines(listed)]
-    sbd = find_root(around if sbd is None else sbd, ('cls',), SBD_LAYOUT, ('','benchmark_RELEASE/dataset','dataset','SBD','sbd'))
+    sbd = find_root(around if sbd is None else sbd, ('cls',), SBD_LAYOUT,
+                    ('','benchmark_RELEASE/dataset','dataset','SBD','sbd'))
     train,val = (read_lines(root/f'ImageSets/Segmentation/{o}.txt') for o in ('train','val'))
     names = trainaug_names(train, val, [*read_lines(sbd/'train.txt'), *read_lines(sbd/'val.txt')])
     own = set(train)
@@ -115,9 +123,12 @@ def voc_pairs(
 ) -> list: # Pairs (image path, mask path)
     "List the images of one split with their labels."
     root = voc_root(path)
-    if check_choice(split, ('train','val','trainval','trainaug'), 'split')=='trainaug': named = _trainaug_pairs(root, sbd, path)
-    else: named = [(o, inside(root, f'SegmentationClass/{o}.png')) for part in dict(trainval=('train','val')).get(split, (split,))
-                   for o in read_lines(root/f'ImageSets/Segmentation/{part}.txt')]
+    if check_choice(split, ('train','val','trainval','trainaug'), 'split')=='trainaug':
+        named = _trainaug_pairs(root, sbd, path)
+    else:
+        named = [(o, inside(root, f'SegmentationClass/{o}.png'))
+                 for part in dict(trainval=('train','val')).get(split, (split,))
+                 for o in read_lines(root/f'ImageSets/Segmentation/{part}.txt')]
     return [(inside(root, f'JPEGImages/{o}.jpg'), mask) for o,mask in named]
 
 # %% ../../nbs/45_data.voc.ipynb #b12f8064
@@ -153,4 +164,5 @@ def voc_dls(
 ) -> DataLoaders: # With `vocab`, `c` and `spec`
     "Make DataLoaders from VOC 2012."
     train,valid = voc_items(path, size, splits, sbd, cache)
-    return make_dls(train, valid, VOC, bs=bs, num_workers=workers_for(train) if num_workers is None else num_workers, **kwargs)
+    return make_dls(train, valid, VOC, bs=bs, num_workers=workers_for(train) if num_workers is None else num_workers,
+                    **kwargs)

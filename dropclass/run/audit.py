@@ -26,7 +26,8 @@ def check_request(
     given,n = len(runs)+len(weights),len(weights)
     if not 1<=given<=2: raise ValueError(f"Name one or two networks, run folders or weights files, got {given}")
     if weights and len(archs) not in (1, n):
-        raise ValueError(f"{n} weights file{'s need' if n>1 else ' needs'} an architecture (`--arch`), got {len(archs)}: "
+        raise ValueError(f"{n} weights file{'s need' if n>1 else ' needs'} an architecture (`--arch`), got "
+                         f"{len(archs)}: "
                          "'torchvision:deeplabv3_mobilenet_v3_large', for example")
     if data is None and not runs:
         raise ValueError("Weights alone have no images: give a folder of labelled images (`--data`)")

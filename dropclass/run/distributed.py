@@ -59,13 +59,15 @@ class RankTrainer(DistributedTrainer):
         super().before_fit()
         train = self.learn.dls.train
         if len(train)==0:
-            raise ValueError(f"Each of {train.world_size} processes gets {-(-train.dl.n//train.world_size)} of {train.dl.n} images, less than a batch of {train.bs}: "
+            raise ValueError(f"Each of {train.world_size} processes gets {-(-train.dl.n//train.world_size)} of "
+                             f"{train.dl.n} images, less than a batch of {train.bs}: "
                              "lower the batch size, which is per process, or start fewer processes")
 
     def _wrap_dl(self, dl): return dl if isinstance(dl, DistributedDL) else RankDL(dl, device=self.learn.model.device)
 
     def after_loss(self):
-        if not self.training or any(isinstance(cb, (DropClassCallback,FadeWeightsCallback)) for cb in self.learn.cbs): return # They weigh by themselves
+        if not self.training or any(isinstance(cb, (DropClassCallback,FadeWeightsCallback)) for cb in self.learn.cbs):
+            return # They weigh by themselves
         share = pixel_shares(self.yb[0], self.loss_func)[0] if len(self.yb)==1 and self.yb[0].ndim==3 else 1.
         self.learn.loss_grad = weigh_loss(self.learn.loss_grad, self.pred, share)
         self.learn.loss = self.learn.loss_grad.clone()

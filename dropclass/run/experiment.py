@@ -140,7 +140,8 @@ def make_weights(
 ): # Weights (C,) on the device of the data, or None
     "Compute or look up the class weights."
     if config.weights=='none': return None
-    weight = median_frequency_weights(dls.train.dataset) if config.weights=='median' else published_weights(config.weights, dls.spec)
+    weight = (median_frequency_weights(dls.train.dataset) if config.weights=='median'
+              else published_weights(config.weights, dls.spec))
     return weight.to(dls.device)
 
 def make_loss(
@@ -166,7 +167,7 @@ def poly(
     lr:float, # Learning rate at the start
     power:float=.9, # Exponent; 1 is a straight line
 ) -> float: # Learning rate, 0 at the end
-    "Let the learning rate fall as segmentation recipes do; fastai's `SchedPoly` takes the power of the share done, not of the share left."
+    "Let the learning rate fall by a power of the share that is left; fastai's `SchedPoly` takes the share done."
     return lr*(1-pct)**power
 
 def lr_schedule(
@@ -179,25 +180,32 @@ def lr_schedule(
 
 # %% ../../nbs/70_run.experiment.ipynb #28a57740
 def read_schedule(
-    value, # 'linear'; 'hold:SHARE' reaches 1 at that share of training; 'cap:VALUE' rises to that value only; 'fall:VALUE' falls from it to 0 over the last fifth; or a number
+    # A number, or 'linear'; 'hold:SHARE' reaches 1 at that share of training; 'cap:VALUE' rises to that value only;
+    # 'fall:VALUE' falls from it to 0 over the last fifth
+    value,
     name:str='lam', # Name for errors
 ): # Schedule, as `DropClassCallback` takes it
     "Turn a written schedule into a callable."
     if isinstance(value, (int,float)): return check_unit(value, name)
     if value=='linear': return SchedLin(0, 1)
     kind,_,number = str(value).partition(':')
-    ramps = dict(hold=lambda o: hold_ramp(until=o), cap=lambda o: hold_ramp(end=o, until=1.), fall=lambda o: hold_ramp(o, 0., until=1., since=.8))
+    ramps = dict(hold=lambda o: hold_ramp(until=o), cap=lambda o: hold_ramp(end=o, until=1.),
+                 fall=lambda o: hold_ramp(o, 0., until=1., since=.8))
     if kind in ramps:
         try: return ramps[kind](float(number))
-        except ValueError as e: raise ValueError(f"`{name}` is {value!r}: write '{kind}:' and a number up to 1, '{kind}:0.8' say") from e
-    raise ValueError(f"`{name}` must be 'linear', 'hold:SHARE', 'cap:VALUE', 'fall:VALUE' or a number in [0,1], got {value!r}")
+        except ValueError as e:
+            raise ValueError(f"`{name}` is {value!r}: write '{kind}:' and a number up to 1, '{kind}:0.8' say") from e
+    raise ValueError(f"`{name}` must be 'linear', 'hold:SHARE', 'cap:VALUE', 'fall:VALUE' or a number in [0,1], got "
+                     f"{value!r}")
 
 def make_method(
     config:Config, # The run
 ) -> list: # Callbacks of the method; none for 'plain'
     "Build the callback that the method needs."
     if config.method=='plain':
-        if config.dropclass: raise ValueError(f"`method='plain'` has no options, got {', '.join(config.dropclass)}: drop them, or use `method='dropclass'`")
+        if config.dropclass:
+            raise ValueError(f"`method='plain'` has no options, got {', '.join(config.dropclass)}: drop them, or use "
+                             f"`method='dropclass'`")
         return []
     rivals,options = {'ignore_label':IgnoreLabelCallback, 'fade_weights':FadeWeightsCallback},dict(config.dropclass)
     if config.method in rivals:
@@ -253,7 +261,8 @@ def check_arch(
         with torch.device('meta'): create_model(config.arch, 2)
     except (ValueError, ImportError) as e: raise type(e)(str(e).replace('`name`', '`arch`')) from None
     except Exception: pass # It cannot be built without memory
-    if config.weights_file and not Path(config.weights_file).is_file(): raise FileNotFoundError(f"There is no file of weights {config.weights_file}")
+    if config.weights_file and not Path(config.weights_file).is_file():
+        raise FileNotFoundError(f"There is no file of weights {config.weights_file}")
 
 # %% ../../nbs/70_run.experiment.ipynb #5eb5d233
 def make_learner(
@@ -271,8 +280,10 @@ def make_learner(
     for i,dl in enumerate(dls.loaders): dl.rng.seed(config.seed+i)
     model = create_model(config.arch, dls.c, config.pretrained, config.weights_file, dls.in_chans)
     if config.channels_last: model = model.to(memory_format=torch.channels_last)
-    learn = Learner(dls, model, make_loss(config, dls), opt_func=make_opt_func(config), lr=config.lr, wd=config.wd, path=Path(path),
-                    metrics=segmentation_metrics(dls.c, counts, dls.spec.ignore_index), cbs=[*make_changes(config, counts), *make_method(config)])
+    learn = Learner(dls, model, make_loss(config, dls), opt_func=make_opt_func(config), lr=config.lr, wd=config.wd,
+                    path=Path(path),
+                    metrics=segmentation_metrics(dls.c, counts, dls.spec.ignore_index),
+                    cbs=[*make_changes(config, counts), *make_method(config)])
     if config.precision=='bf16': learn.add_cb(BFloat16())
     if not is_first(): set_seed(config.seed+1000*rank_distrib()) # Every process crops in its own way
     return learn
@@ -284,7 +295,8 @@ def random_states(
     "Collect the state of every random generator."
     name,keys,*rest = np.random.get_state()
     return dict(python=random.getstate(), numpy=[name, keys.tolist(), *rest], torch=torch.get_rng_state(),
-                cuda=[torch.cuda.get_rng_state()] if torch.cuda.is_available() else [], # Of the process's own device; another machine may have fewer
+                # Of the process's own device; another machine may have fewer
+                cuda=[torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
                 loaders=[_own(dl).rng.getstate() for dl in dls.loaders] if dls else [])
 
 def _own(dl): return dl.__dict__.get('dl', dl) # The DataLoader itself, where it is split over processes
@@ -299,7 +311,9 @@ def set_random_states(
     name,keys,*rest = states['numpy']
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(states['torch'].cpu())
-    if states['cuda'] and torch.cuda.is_available(): torch.cuda.set_rng_state(states['cuda'][min(torch.cuda.current_device(), len(states['cuda'])-1)].cpu()) # Older checkpoints hold all devices'
+    if states['cuda'] and torch.cuda.is_available():
+        # Older checkpoints hold all devices'
+        torch.cuda.set_rng_state(states['cuda'][min(torch.cuda.current_device(), len(states['cuda'])-1)].cpu())
     if dls:
         for dl,state in zip(dls.loaders, states['loaders']): _own(dl).rng.setstate(tupled(state))
 
@@ -312,7 +326,8 @@ def save_checkpoint(
     "Write all that the rest of a run depends on."
     states = gather_ranks(random_states(learn.dls))
     if not is_first(): return
-    state = dict(model=get_model(learn.model).state_dict(), opt=learn.opt.opt.state_dict(), random=states[0], ranks=states, **extra)
+    state = dict(model=get_model(learn.model).state_dict(), opt=learn.opt.opt.state_dict(), random=states[0],
+                 ranks=states, **extra)
     memory = io.BytesIO() # `torch.save` to a full disk raises no OSError; writing bytes does
     torch.save(state, memory)
     with writing(path) as temp: temp.write_bytes(memory.getbuffer())
@@ -335,7 +350,10 @@ def load_checkpoint(
     device='cpu', # Where its tensors go
 ) -> dict: # The checkpoint's content
     "Read a checkpoint without running any code in it."
-    if not Path(path).exists(): raise FileNotFoundError(f"There is no checkpoint {path} to resume from: name the folder of a run that has finished an epoch, or leave out `resume` and start anew, in a folder that holds no run")
+    if not Path(path).exists():
+        raise FileNotFoundError(f"There is no checkpoint {path} to resume from: name the folder of a run that has "
+                                f"finished an epoch, or leave out `resume` and start anew, in a folder that holds no "
+                                f"run")
     try:
         with zipfile.ZipFile(path) as f: broken = f.testzip() # Compares the checksums of its parts
         if broken is None: return torch.load(path, map_location=device, weights_only=True)
@@ -350,14 +368,17 @@ def check_checkpoint(
     epochs:int, # Epochs of the run
 ) -> dict: # The same
     "Refuse a checkpoint that lacks something."
-    wrong = [k for k,kind in _KEPT.items() if not isinstance(checkpoint.get(k), kind)] if isinstance(checkpoint, dict) else [*_KEPT]
+    wrong = [k for k,kind in _KEPT.items() if not isinstance(checkpoint.get(k), kind)] if isinstance(checkpoint,
+                                                                                                     dict) else [*_KEPT]
     if not wrong and not 0<=checkpoint['epoch']<epochs: wrong = ['epoch']
     best = {} if wrong else checkpoint.get('best', dict(epoch=0, miou=0., model={}))
     if not wrong and not (isinstance(best, dict) and {'epoch','miou','model'}<=best.keys()): wrong = ['best']
-    tensors = () if wrong else [o for o in [*checkpoint['model'].values(), *best['model'].values()] if isinstance(o, torch.Tensor)]
+    tensors = () if wrong else [o for o in [*checkpoint['model'].values(), *best['model'].values()]
+                                if isinstance(o, torch.Tensor)]
     if any(o.is_floating_point() and not o.isfinite().all() for o in tensors): wrong = ['model']
     if not wrong: return checkpoint
-    raise ValueError(f"{path} has no {wrong[0]!r} that could be used: it is damaged, so put a copy back, or train the run again in another folder")
+    raise ValueError(f"{path} has no {wrong[0]!r} that could be used: it is damaged, so put a copy back, or train the "
+                     f"run again in another folder")
 
 @contextmanager
 def _damage_named(path):
@@ -365,7 +386,8 @@ def _damage_named(path):
     try: yield
     except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
         why = str(e).strip().splitlines()[0][:80]
-        raise ValueError(f"{path} does not fit the run ({why}): it is damaged, so put a copy back, or train the run again in another folder") from None
+        raise ValueError(f"{path} does not fit the run ({why}): it is damaged, so put a copy back, or train the run "
+                         f"again in another folder") from None
 
 # %% ../../nbs/70_run.experiment.ipynb #e0fbf27e
 class RunRecorder(Callback):
@@ -398,7 +420,8 @@ class RunRecorder(Callback):
         if self.checkpoint is None: return
         smooth = self.recorder.smooth_loss # fastai's running mean of the training loss, which goes on over epochs
         with _damage_named(self.folder/'checkpoint.pt'):
-            set_random_states(self.checkpoint['ranks'][rank_distrib()] if num_ranks()>1 else self.checkpoint['random'], self.dls)
+            set_random_states(self.checkpoint['ranks'][rank_distrib()] if num_ranks()>1 else self.checkpoint['random'],
+                              self.dls)
             smooth.val,smooth.count = self.checkpoint['smooth']
         self.checkpoint = None
 
@@ -406,14 +429,16 @@ class RunRecorder(Callback):
         if not self.trained: return
         took = time.perf_counter()-self.start
         names = [o for o in self.recorder.metric_names if o!='time']
-        self.row = dict(zip(names, [self.epoch, *(float('nan') if o is None else float(o) for o in self.recorder.values[-1])]))
+        self.row = dict(zip(names,
+                            [self.epoch, *(float('nan') if o is None else float(o) for o in self.recorder.values[-1])]))
         self.table.append(self.row)
         self.seconds,self.trained = self.seconds+took,False
         if self.keep=='best': self.keep_best()
         if is_first():
             with writing(self.folder/'history.csv') as temp: pd.DataFrame(self.table).to_csv(temp, index=False)
         smooth = self.recorder.smooth_loss
-        save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch, table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads(),
+        save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch,
+                        table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads(),
                         **({'best':self.best} if self.best else {}), **self.about)
 
 # %% ../../nbs/70_run.experiment.ipynb #5672fedc
@@ -455,9 +480,11 @@ class StopDiverged(Callback):
         why:str, # What was found, and the remedy
     ):
         "Raise an error that says where."
-        done,where = len(self.run_recorder.table),f"epoch {self.epoch+1}, step {min(self.iter+1, self.n_iter)} of {self.n_iter}"
+        done,step = len(self.run_recorder.table),min(self.iter+1, self.n_iter)
+        where = f"epoch {self.epoch+1}, step {step} of {self.n_iter}"
         kept = f"; {self.run_recorder.folder} keeps epoch {done}" if done else ''
-        raise FloatingPointError(f"Training diverged in {where}, at learning rate {self.opt.hypers[-1]['lr']:.3g}, for {why}{kept}")
+        raise FloatingPointError(f"Training diverged in {where}, at learning rate {self.opt.hypers[-1]['lr']:.3g}, "
+                                 f"for {why}{kept}")
 
 # %% ../../nbs/70_run.experiment.ipynb #d35cb832
 class RefuseSingle(Callback):
@@ -494,7 +521,8 @@ class EpochLines(Callback):
         row = self.run_recorder.row
         if row is None or not is_first(): return
         shown = '  '.join(f'{k} {row[k]:.4f}' for k in self.keep if not math.isnan(row.get(k, math.nan)))
-        self.write(f"epoch {self.epoch+1:3d}/{self.n_epoch}  {shown}  {time.perf_counter()-self.run_recorder.start:.1f} s")
+        self.write(f"epoch {self.epoch+1:3d}/{self.n_epoch}  {shown}  "
+                   f"{time.perf_counter()-self.run_recorder.start:.1f} s")
 
 # %% ../../nbs/70_run.experiment.ipynb #9ea9ee95
 _LOCKS = set() # File descriptors that this process holds folders by
@@ -507,7 +535,7 @@ def _drop_locks():
 if hasattr(os, 'register_at_fork'): os.register_at_fork(after_in_child=_drop_locks)
 
 def _try_lock(path):
-    "Open and lock a file: its descriptor; None where the system has no such locks, and an error if another process is faster."
+    "Open and lock a file; gives its descriptor, None where the system has no such locks."
     try: import fcntl
     except ImportError: return None # Windows
     fd = os.open(path, os.O_RDWR|os.O_CREAT|os.O_NOFOLLOW|os.O_CLOEXEC, 0o666)
@@ -515,7 +543,8 @@ def _try_lock(path):
     except BlockingIOError:
         holder = os.read(fd, 200).decode(errors='replace') or 'another process'
         os.close(fd)
-        raise BlockingIOError(f"{path.parent} is in use by {holder}: wait until that has ended, or choose another folder") from None
+        raise BlockingIOError(f"{path.parent} is in use by {holder}: wait until that has ended, or choose another "
+                              f"folder") from None
     except OSError: pass # A file system without locks
     if path.exists() and os.path.samestat(os.fstat(fd), path.stat()): return fd
     os.close(fd) # The one before has just deleted it
@@ -529,7 +558,8 @@ def hold_folder(
     "Keep other processes out of a run's folder."
     path = Path(folder)/'.lock'
     try: path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise OSError(f"Cannot make the folder {folder} ({e.strerror}): choose one that can be written to") from e
+    except OSError as e:
+        raise OSError(f"Cannot make the folder {folder} ({e.strerror}): choose one that can be written to") from e
     fd = _try_lock(path)
     if fd is not None:
         os.write(fd, f'process {os.getpid()} on {socket.gethostname()}'.encode())
@@ -558,10 +588,13 @@ def check_unused(
     "Refuse a folder that holds something already."
     found = _contents(out)
     if not found: return
-    if 'config.json' not in found: raise FileExistsError(f"{out} is not empty, it holds {min(found)}: choose a new folder")
+    if 'config.json' not in found:
+        raise FileExistsError(f"{out} is not empty, it holds {min(found)}: choose a new folder")
     if found&{'checkpoint.pt','metrics.json'}:
-        raise FileExistsError(f"{out} holds another run: choose a new folder, delete this one, or continue it with `resume`")
-    raise FileExistsError(f"{out} holds another run, which has finished no epoch: delete it if it was ended, or choose a new folder")
+        raise FileExistsError(f"{out} holds another run: choose a new folder, delete this one, or continue it with "
+                              f"`resume`")
+    raise FileExistsError(f"{out} holds another run, which has finished no epoch: delete it if it was ended, or "
+                          f"choose a new folder")
 
 def clear_unstarted(
     out:str|Path, # A run's folder
@@ -580,7 +613,8 @@ def _start_folder(out, config):
     check_unused(out)
     out.mkdir(parents=True, exist_ok=True)
     try: (out/'config.json').touch(exist_ok=False)
-    except FileExistsError: raise FileExistsError(f"{out} holds another run, which has just begun: choose a new folder") from None
+    except FileExistsError:
+        raise FileExistsError(f"{out} holds another run, which has just begun: choose a new folder") from None
     write_json(out/'config.json', dict(format=1, **asdict(config), hash=config_hash(config), processes=num_ranks(),
                                        versions={o:_version(o) for o in _VERSIONS}))
 
@@ -588,7 +622,8 @@ def _check_same(out, config, checkpoint, files=None):
     "Refuse to go on with a run that was started otherwise, or on other data."
     ranks = len(checkpoint.get('ranks', [0]))
     if ranks!=num_ranks():
-        raise ValueError(f"{out} was trained by {ranks} processes, now there are {num_ranks()}, and the batches would differ: "
+        raise ValueError(f"{out} was trained by {ranks} processes, now there are {num_ranks()}, and the batches would "
+                         f"differ: "
                          f"resume with {ranks}, or start in a new folder")
     was = checkpoint.get('files')
     changed = [] if was is None or files is None else sorted(o for o in {*was, *files} if was.get(o)!=files.get(o))
@@ -599,10 +634,14 @@ def _check_same(out, config, checkpoint, files=None):
                          "Resume with the data as they were, or start in a new folder")
     if checkpoint['key']==config_hash(config): return
     old = checkpoint.get('config') or asdict(read_config(out)) # Older checkpoints do not hold it
-    pairs = {f.name:(old.get(f.name, getattr(Config(), f.name)), getattr(config, f.name)) for f in fields(Config) if f.name!='path'}
+    pairs = {f.name:(old.get(f.name, getattr(Config(), f.name)), getattr(config, f.name))
+             for f in fields(Config) if f.name!='path'}
     other = '; '.join(f'{k} was {a!r}, is {b!r}' for k,(a,b) in pairs.items() if a!=b)
-    other = other or "a default has changed since: class weights counted in Eq. (6), so add the option masked_weights=True, or alpha was 10"
-    raise ValueError(f"{out} was started with another configuration ({other}): resume with the same one, or start in a new folder")
+    other = (other
+             or "a default has changed since: class weights counted in Eq. (6), so add the option "
+                "masked_weights=True, or alpha was 10")
+    raise ValueError(f"{out} was started with another configuration ({other}): resume with the same one, or start in "
+                     f"a new folder")
 
 # %% ../../nbs/70_run.experiment.ipynb #b3d96622
 def open_folder(
@@ -668,7 +707,7 @@ def evaluate_paths(
     model:nn.Module, # The trained network
     dls, # DataLoaders; `dls.unbiased`, where there is one, is a second test set
     offsets, # Shifts of the logits (T,C), as `class_offsets` gives them
-) -> dict: # Test set or 'train' -> path -> (pixel counts (T,C,C), pixels right, labelled and predicted (2,T,3,C) of the even and the odd images)
+) -> dict: # Test set or 'train' -> path -> pixel counts (T,C,C), and totals (2,T,3,C) of even and odd images
     "Count every test set, and the training images, by every path and under every shift, over all processes."
     tests = {'valid':dls.valid, 'unbiased':getattr(dls, 'unbiased', None), 'train':dls.valid.new(dls.train.dataset)}
     tests = {k:v for k,v in tests.items() if v is not None}
@@ -695,19 +734,24 @@ def save_counts(
     offsets, # Shifts (T,C) they were counted under
 ):
     "Write the counts of all shifts in one compressed file."
-    arrays = {f'{t}/{p}/{k}':o.numpy() for t,paths in counts.items() for p,pair in paths.items() for k,o in zip(('confusions','halves'), pair)}
+    arrays = {f'{t}/{p}/{k}':o.numpy() for t,paths in counts.items() for p,pair in paths.items()
+              for k,o in zip(('confusions','halves'), pair)}
     with writing(path) as temp:
         with open(temp, 'wb') as f: np.savez_compressed(f, taus=np.array(TAUS), offsets=offsets.numpy(), **arrays)
 
 def prior_counts(
     folder:str|Path, # A run's folder
-) -> dict: # 'taus' (T,), 'offsets' (T,C), and for every test set and path 'TEST/PATH/confusions' (T,C,C) and 'TEST/PATH/halves' (2,T,3,C)
+) -> dict: # 'taus' (T,), 'offsets' (T,C), 'TEST/PATH/confusions' (T,C,C) and 'TEST/PATH/halves' (2,T,3,C)
     "Read what a run counted under every shift of its class bias."
     path = Path(folder)/'prior.npz'
-    if not path.is_file(): raise FileNotFoundError(f"{folder} has no prior.npz: it was made by an older version; tune the trained network instead, with `dropclass-tune`")
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no prior.npz: it was made by an older version; tune the trained "
+                                f"network instead, with `dropclass-tune`")
     try:
         with np.load(path, allow_pickle=False) as f: return {k:torch.from_numpy(f[k]) for k in f.files}
-    except Exception: raise ValueError(f"{path} is damaged: put a copy back, or train the run again") from None # zipfile and NumPy raise many kinds
+    except Exception:
+        # zipfile and NumPy raise many kinds
+        raise ValueError(f"{path} is damaged: put a copy back, or train the run again") from None
 
 # %% ../../nbs/70_run.experiment.ipynb #3ff6fef5
 def plot_examples(
@@ -748,13 +792,16 @@ def finish_run(
     matrices = {t:{p:o[TAUS.index(0)] for p,(o,_) in paths.items()} for t,paths in found.items() if t!='train'}
     if full: matrices['full'] = full
     rare = [int(o) for o in rare_classes(counts)]
-    weights = save({k:v.contiguous() for k,v in learn.model.state_dict().items()}, head and dict(dropclass=json.dumps({k:getattr(head, k) for k in HEAD_OPTIONS})))
+    weights = save({k:v.contiguous() for k,v in learn.model.state_dict().items()},
+                   head and dict(dropclass=json.dumps({k:getattr(head, k) for k in HEAD_OPTIONS})))
     with writing(out/'weights.safetensors') as temp: temp.write_bytes(weights)
     with writing(out/'examples.png') as temp: plot_examples(learn.model, learn.dls).savefig(temp, dpi=100, format='png')
     save_counts(out/'prior.npz', found, offsets)
     write_json(out/'confusion.json', {t:{p:cm.tolist() for p,cm in paths.items()} for t,paths in matrices.items()})
-    metrics = dict(finished=True, epochs=config.epochs, weights_crc=zlib.crc32(weights), classes=list(spec.names), colors=[list(o) for o in spec.colors], ignore_index=spec.ignore_index,
-                   pixel_counts=counts.tolist(), rare=rare, predicts=head.predicts if head else 'plain', seconds=round(seconds, 1),
+    metrics = dict(finished=True, epochs=config.epochs, weights_crc=zlib.crc32(weights), classes=list(spec.names),
+                   colors=[list(o) for o in spec.colors], ignore_index=spec.ignore_index,
+                   pixel_counts=counts.tolist(), rare=rare, predicts=head.predicts if head else 'plain',
+                   seconds=round(seconds, 1),
                    tests={t:{p:summarize(cm, rare) for p,cm in paths.items()} for t,paths in matrices.items()})
     write_json(out/'metrics.json', metrics)
     return metrics
@@ -798,8 +845,10 @@ def _fit(learn, out, config, resume, made, progress, write, cbs):
         files = data_files(learn.dls)
         opened = from_first(lambda: open_folder(out, config, resume, files))
         recorder = RunRecorder(out, config_hash(config), opened, config.keep, files=files, config=asdict(config))
-        bookkeeping = [ValidEvery(config.valid_every), RefuseSingle(), StopDiverged(), recorder, EpochLines(write=write)]
-        with _over_ranks(learn, config): learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), *bookkeeping, *cbs])
+        bookkeeping = [ValidEvery(config.valid_every), RefuseSingle(), StopDiverged(), recorder,
+                       EpochLines(write=write)]
+        with _over_ranks(learn, config):
+            learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), *bookkeeping, *cbs])
     if (kept := recorder.take_best(learn.model)) and is_first(): write(kept)
     finish_run(learn, out, config, recorder.seconds)
 
@@ -837,7 +886,9 @@ class Run:
     ):
         self.folder,self.config = Path(folder),read_config(folder)
         path = self.folder/'metrics.json'
-        if not path.is_file(): raise FileNotFoundError(f"The run {folder} is not finished: continue it with `dropclass-train --resume --out {folder}` and its own options")
+        if not path.is_file():
+            raise FileNotFoundError(f"The run {folder} is not finished: continue it with `dropclass-train --resume "
+                                    f"--out {folder}` and its own options")
         self.metrics = read_metrics(folder)
         classes = (self.metrics[k] for k in ('classes','colors','ignore_index'))
         with _damage_named(path): self.spec = ClassSpec(*classes)
@@ -869,7 +920,9 @@ class Run:
             options = {k:self.config.dropclass[k] for k in HEAD_OPTIONS if k in self.config.dropclass}
             add_dropclass(model, len(self.spec), self.config.dropclass.get('classifier'), **options)
         return model
-    def __repr__(self): return f"Run {self.folder.name}: {self.config.method}, {self.config.arch}, {self.config.data}, {self.config.epochs} epochs"
+    def __repr__(self):
+        o = self.config
+        return f"Run {self.folder.name}: {o.method}, {o.arch}, {o.data}, {o.epochs} epochs"
 
 # %% ../../nbs/70_run.experiment.ipynb #3a0aa440
 @patch
@@ -916,7 +969,8 @@ def subject(self:Run,
     counts = torch.tensor(self.metrics['pixel_counts'])
     def weights(): return prior_counts(self.folder)['offsets'][TAUS.index(1.)].neg().exp() # As `shift_grid` wrote them
     known = self.config.weights!='none' and (self.folder/'prior.npz').is_file()
-    return Subject(answer_by(model, path), self.spec, self.folder.name, self.load_data, counts, about, weights if known else None)
+    return Subject(answer_by(model, path), self.spec, self.folder.name, self.load_data, counts, about,
+                   weights if known else None)
 
 # %% ../../nbs/70_run.experiment.ipynb #a2328da0
 def image_options(
@@ -925,5 +979,6 @@ def image_options(
     "Tell how the images of a run were prepared."
     own = inspect.signature(data_function(config.data)).parameters['size'].default
     size = config.size or config.data_options.get('size', own)
-    set_there = {k:o for k in ('stats','fit','label_map','in_chans','bits') if (o := config.data_options.get(k)) is not None}
+    set_there = {k:o for k in ('stats','fit','label_map','in_chans','bits')
+                 if (o := config.data_options.get(k)) is not None}
     return dict(size=size, **{'fit':config.data in ON_CANVAS, **set_there})

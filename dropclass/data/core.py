@@ -706,8 +706,8 @@ class ClassColors(ItemTransform):
 
     def decodes(self, b):
         from matplotlib.colors import ListedColormap
-        cmap = ListedColormap([tuple(v/255 for v in o) for o in self.spec.colors]).with_extremes(over='black',
-                                                                                                 under='black')
+        cmap = ListedColormap([tuple(v/255 for v in o) for o in self.spec.colors])
+        cmap = cmap.with_extremes(over='black', under='black')
         shown = dict(cmap=cmap, vmin=-.5, vmax=len(self.spec)-.5, alpha=.6, interpolation='nearest')
         for o in b:
             if isinstance(o, TensorMask): o._show_args = shown

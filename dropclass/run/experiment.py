@@ -368,8 +368,8 @@ def check_checkpoint(
     epochs:int, # Epochs of the run
 ) -> dict: # The same
     "Refuse a checkpoint that lacks something."
-    wrong = [k for k,kind in _KEPT.items() if not isinstance(checkpoint.get(k), kind)] if isinstance(checkpoint,
-                                                                                                     dict) else [*_KEPT]
+    found = checkpoint if isinstance(checkpoint, dict) else {}
+    wrong = [k for k,kind in _KEPT.items() if not isinstance(found.get(k), kind)]
     if not wrong and not 0<=checkpoint['epoch']<epochs: wrong = ['epoch']
     best = {} if wrong else checkpoint.get('best', dict(epoch=0, miou=0., model={}))
     if not wrong and not (isinstance(best, dict) and {'epoch','miou','model'}<=best.keys()): wrong = ['best']

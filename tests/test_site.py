@@ -160,11 +160,12 @@ def test_title_and_promise(path):
     "Title, one line of promise, and then text; a module's notebook says first which module it is."
     kinds = cells(path)
     if path in api:
-        assert re.match(r'#\| default_exp [\w.]+$',
-                        kinds[0][1].split('\n')[0]) and kinds[0][1].split()[-1]==re.sub(r'^\d+_', '', path.stem)
+        assert re.match(r'#\| default_exp [\w.]+$', kinds[0][1].split('\n')[0])
+        assert kinds[0][1].split()[-1]==re.sub(r'^\d+_', '', path.stem)
     else:
-        assert not any('#| default_exp' in source or '#| export' in source for kind,source,
-                       _ in kinds if kind=='code'), 'pages outside the reference export nothing'
+        code = [source for kind,source,_ in kinds if kind=='code']
+        exports = [o for o in code if '#| default_exp' in o or '#| export' in o]
+        assert not exports, 'pages outside the reference export nothing'
     assert not intro_faults(path)
 
 
@@ -211,8 +212,8 @@ def test_front_matter(path):
 
 def shown(path):
     "The outputs a reader sees, with the source of their cells."
-    return [(source, o.get('data', {})) for kind,source,
-            outputs in cells(path) if kind=='code' and '#| hide' not in source for o in outputs]
+    shown = [(source, outputs) for kind,source,outputs in cells(path) if kind=='code' and '#| hide' not in source]
+    return [(source, o.get('data', {})) for source,outputs in shown for o in outputs]
 
 
 @per_notebook
@@ -418,8 +419,8 @@ def test_built_page(path, built):
     assert not re.findall(r'.* at 0x[0-9a-f]{6,}', text)
     sources = re.findall(r'\[source\]\(([^)]*)\)', text)
     assert not [o for o in sources if not o.startswith(f'{repo_url()}/blob/main/dropclass/')]
-    assert bool(sources)==any(re.match(r'#\| export\b.*\n(.*\n)*(def|class) [a-zA-Z]', source) for kind,source,
-                              _ in cells(path) if kind=='code')
+    defines = r'#\| export\b.*\n(.*\n)*(def|class) [a-zA-Z]'
+    assert bool(sources)==any(re.match(defines, source) for kind,source,_ in cells(path) if kind=='code')
 
 
 # ---- from paper to code

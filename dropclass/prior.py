@@ -67,8 +67,14 @@ def class_offsets(
 def shifted_labels(
     logits:Tensor, # Logits of P pixels (C,P)
     offsets:Tensor, # Offsets (T,C)
+    straight:bool=False, # Do they lie on a line, between the first and the last?
 ) -> Tensor: # Predicted labels (T,P), int32; of equal scores the first wins
     "Predict under every shift."
+    if straight:
+        low,high = shifted_labels(logits, offsets[[0,-1]])
+        labels,turns = low.repeat(len(offsets), 1),(low!=high).nonzero()[:,0]
+        labels[:,turns] = shifted_labels(logits[:,turns], offsets)
+        return labels
     best = logits[0]+offsets[:,:1]
     labels = torch.zeros_like(best, dtype=torch.int32)
     for c in range(1, len(logits)):
@@ -77,6 +83,15 @@ def shifted_labels(
         torch.maximum(best, score, out=best)
     return labels
 
+def lie_straight(
+    offsets:Tensor, # Offsets (T,C)
+) -> bool: # Do they lie on a line, between the first and the last?
+    "Tell whether two rows say what is between them."
+    start,way = offsets[0].double(),(offsets[-1]-offsets[0]).double()
+    share = (offsets.double()-start)@way/(way@way).clamp(min=1e-30)
+    inside = ((share>-1e-6)&(share<1+1e-6)).all()
+    return bool(inside) and torch.allclose(start+share[:,None]*way, offsets.double(), atol=1e-5)
+
 # %% ../nbs/32_prior.ipynb #150cfb61
 BAND = {'cpu':2**14} # Pixels in a band; elsewhere 2**20
 
@@ -84,6 +99,7 @@ def count_image(
     logits:Tensor, # Logits of one image (C,P)
     target:Tensor, # Its labels (P,), C for void
     offsets:Tensor, # Offsets (T,C)
+    straight:bool=False, # As for `shifted_labels`
 ) -> Tensor: # Pixel counts (T,C,C), int64
     "Count an image band by band."
     (taus,num_classes),size = offsets.shape,BAND.get(logits.device.type, 2**20)
@@ -91,7 +107,7 @@ def count_image(
     first = torch.arange(taus, device=logits.device)[:,None]*cells
     counts = torch.zeros(taus*cells, dtype=torch.long, device=logits.device)
     for band,labels in zip(logits.split(size, 1), target.split(size)):
-        pairs = shifted_labels(band, offsets)+(labels*num_classes+first)
+        pairs = shifted_labels(band, offsets, straight)+(labels*num_classes+first)
         counts += torch.bincount(pairs.flatten(), minlength=taus*cells)
     return counts.view(taus, num_classes+1, num_classes)[:,:-1]
 
@@ -123,7 +139,8 @@ def grid_confusions(
     strange = valid & ((target<0)|(target>=num_classes))
     if strange.any(): check_target(target[valid], num_classes, ignore_index)
     target = target.where(valid, num_classes)
-    return torch.stack([count_image(x.flatten(1), y.flatten(), offsets) for x,y in zip(logits, target)])
+    straight = lie_straight(offsets)
+    return torch.stack([count_image(x.flatten(1), y.flatten(), offsets, straight) for x,y in zip(logits, target)])
 
 # %% ../nbs/32_prior.ipynb #e2328a14
 def check_logits(

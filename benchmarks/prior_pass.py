@@ -9,9 +9,9 @@ slow form   forward, then one argmax and one confusion matrix for each tau
 
 Each round runs all three, in an order that rotates. Ratios are taken within a round, and their quartiles are the
 spread.
-The network has random weights. The shifts are scaled until a quarter of the pixels change their class over the grid, as
-in a network trained on CamVid with class weights; only those cost a walk. Peak memory comes from a fresh process for each,
-beyond what the network and the batch held before.
+The network has random weights. The shifts are scaled until a quarter of the pixels change their class over the grid,
+as in a network trained on CamVid with class weights; only those cost a walk. Peak memory comes from a fresh process
+for each, beyond what the network and the batch held before.
 """
 import torch
 from fastcore.script import call_parse

@@ -220,7 +220,9 @@ def write_json(
     data, # What JSON can hold
 ):
     "Write a JSON file, whole or not at all."
-    with writing(path) as temp: temp.write_text(json.dumps(data, indent=1)+'\n')
+    text = json.dumps(data, indent=1)
+    text = re.sub(r'\[\n[\s\d.,eE+-]*\]', lambda m: ' '.join(m[0].split()), text) # Numbers side by side, not one a line
+    with writing(path) as temp: temp.write_text(text+'\n')
 
 # %% ../nbs/00_core.ipynb #00eb2be0
 @contextmanager

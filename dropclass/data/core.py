@@ -250,7 +250,8 @@ def pair_files(
         if o.count('{stem}')!=1: raise ValueError(f"`{name}` must hold {{stem}} once, got {o!r}")
     pics,labels = _by_stem(images, image_name),_by_stem(masks, mask_name)
     if Path(images).resolve()==Path(masks).resolve(): # Side by side: what is a mask is no image
-        pics = {k:o for k,o in pics.items() if o not in labels.values()}
+        taken = set(labels.values())
+        pics = {k:o for k,o in pics.items() if o not in taken}
     few = lambda keys: ', '.join(sorted(pics.get(k, labels.get(k)).name for k in keys)[:4])
     lost = pics.keys()-labels.keys()
     if lost:

@@ -27,6 +27,10 @@ pages = [*notebooks, *landings, *(root/o for o in ('README.md', 'CHANGELOG.md'))
 name = lambda p: p.relative_to(root).as_posix()
 per_page,per_notebook,per_api = (pytest.mark.parametrize('path', o, ids=name) for o in (pages, notebooks, api))
 
+# Notebooks of modules that are larger than the rule of 200 KB, each with its own limit: many pictures of noisy images,
+# or plots with many lines
+LARGE = {'nbs/35_fused.ipynb': 225, 'nbs/61_analysis.context.ipynb': 230, 'nbs/71_run.compare.ipynb': 230,
+         'nbs/analyses/30_evidence_scenes.ipynb': 600} # Every table and figure of the paper on one page
 # Pages on which there is nothing to see: they are about files, commands and processes, and show those as text
 NOTHING_TO_SEE = {'nbs/36_ranks.ipynb', 'nbs/51_stats.ipynb', 'nbs/69_run.config.ipynb',
                   'nbs/59_analysis.subjects.ipynb', 'nbs/70_run.experiment.ipynb',
@@ -271,8 +275,9 @@ def test_stored_outputs(path):
 
 @per_notebook
 def test_size(path):
-    "A page opens quickly: most have less than 400 KB, the one with every table and figure of the paper 560."
-    assert path.stat().st_size<=600*1024
+    "A page opens quickly: a module's notebook has at most 200 KB, any other page 400 KB, but for those listed."
+    limit = LARGE.get(name(path), 200 if path in api else 400)
+    assert path.stat().st_size<=1024*limit
 
 
 # ---- the sidebar

@@ -254,9 +254,10 @@ class _Spy(StandIn):
     features = logits = lowest = None
     def answer(self, features):
         if torch.is_grad_enabled() and not features.requires_grad: features.requires_grad_()
-        self.features,self.lowest = features,features.min().item()
-        self.logits = self.classify(features)
-        return self.logits.clone() # What follows may overwrite it
+        logits = self.classify(features)
+        if torch._C._current_graph_task_id()==-1: # Not computed again in a backward pass, as checkpointing does
+            self.features,self.lowest,self.logits = features,features.detach().min().item(),logits
+        return logits.clone() # What follows may overwrite it
 
 @contextlib.contextmanager
 def _spied(model, names):
@@ -369,6 +370,9 @@ def _score_gradients(model, names, spy, probe):
     layer,remedy = repr(names[-1] if len(names)==1 else names),"name the layer that turns features into class scores"
     out,behind = _run_spied(model, spy, probe)
     if spy.features is None: raise ValueError(f"Layer {layer} did not run in a forward pass: {remedy}")
+    if not spy.logits.requires_grad: raise ValueError(f"Layer {layer} runs without gradients in evaluation mode, as "
+        "activation checkpointing with `use_reentrant=True` does: checkpoint with `use_reentrant=False`, or in "
+        "training mode only")
     weights = .5+torch.rand(out.shape[1], generator=torch.Generator().manual_seed(0)).to(out)
     score = (out.flatten(2).mean(2)*weights).sum()
     at_logits = _grad(score, spy.logits) if score.requires_grad else None

@@ -18,7 +18,6 @@ from functools import partial
 
 import torch
 from torch import nn, Tensor
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.module import register_module_forward_hook
@@ -258,9 +257,10 @@ class _Spy(StandIn):
     features = logits = lowest = None
     def answer(self, features):
         if torch.is_grad_enabled() and not features.requires_grad: features.requires_grad_()
-        self.features,self.lowest = features,features.min().item()
-        self.logits = self.classify(features)
-        return self.logits.clone() # What follows may overwrite it
+        logits = self.classify(features)
+        if torch._C._current_graph_task_id()==-1: # Not computed again in a backward pass, as checkpointing does
+            self.features,self.lowest,self.logits = features,features.detach().min().item(),logits
+        return logits.clone() # What follows may overwrite it
 
 @contextlib.contextmanager
 def _spied(model, names):
@@ -310,14 +310,19 @@ def _on_the_way(score, logits, behind):
     return list(dict.fromkeys(m for m,o in ways if o is logits or _grad(o.sum(), logits) is not None))
 
 # %% ../nbs/21_surgery.ipynb #72ce6222
+@contextlib.contextmanager
 def _shaken(model, seed):
-    "The network with other weights and statistics; it stays as it is."
+    "Other weights and statistics, and back: checkpointing reads them again in the backward pass."
     generator = torch.Generator().manual_seed(seed)
     def draw(o): return torch.randn(o.shape, generator=generator).to(o)*(o.square().mean().sqrt() or .1)
     def grow(o): return o*(1+torch.rand(o.shape, generator=generator).to(o))
-    weights = {n:draw(o.detach()) for n,o in model.named_parameters() if o.is_floating_point()}
-    buffers = {n:grow(o) for n,o in model.named_buffers() if o.is_floating_point()}
-    return lambda *args: functional_call(model, {**weights, **buffers}, args)
+    ways = [(o, draw) for o in model.parameters()]+[(o, grow) for o in model.buffers()]
+    kept = [(o, o.data, f) for o,f in ways if o.is_floating_point()]
+    try:
+        for o,old,f in kept: o.data = f(old)
+        yield
+    finally:
+        for o,old,_ in kept: o.data = old
 
 # %% ../nbs/21_surgery.ipynb #d9e654e6
 def _describe(tail, out_size, size, residual):
@@ -345,7 +350,8 @@ def _score_slopes(out, spy):
     "A weighted sum of the class scores; its slope at the features; do the logits alone pass it on; by one map?"
     weights = .5+torch.rand(out.shape[1], generator=torch.Generator().manual_seed(0)).to(out)
     score = (out.flatten(2).mean(2)*weights).sum()
-    at_logits = None if spy.logits is None or not score.requires_grad else _grad(score, spy.logits)
+    known = spy.logits is not None and spy.logits.requires_grad and score.requires_grad
+    at_logits = _grad(score, spy.logits) if known else None
     if at_logits is None: return score,None,False,False
     at_features = _grad(score, spy.features)
     through = _grad(spy.logits, spy.features, grad_outputs=at_logits)
@@ -355,6 +361,9 @@ def _check_slope(names, out, spy, at_features):
     "Refuse a layer without a part in the class scores."
     layer,remedy = repr(names[-1] if len(names)==1 else names),"name the layer that turns features into class scores"
     if spy.features is None: raise ValueError(f"Layer {layer} did not run in a forward pass: {remedy}")
+    if not spy.logits.requires_grad: raise ValueError(f"Layer {layer} runs without gradients in evaluation mode, as "
+        "activation checkpointing with `use_reentrant=True` does: checkpoint with `use_reentrant=False`, or in "
+        "training mode only")
     if at_features is None: raise ValueError(f"Layer {layer} has no part in the main prediction: {remedy}")
     if _is_noise(at_features, out, spy.features):
         raise ValueError(f"The importance vanishes at layer {layer}: a norm over the pixels behind it takes every "
@@ -365,7 +374,7 @@ def _holds(model, spy, probe):
     "Do the logits alone pass the scores on by one map, and are the features never negative, whatever the weights are?"
     closed,lowest = has_kernel(spy.classifier),[spy.lowest]
     for seed in range(3):
-        *_,alone,even = _score_slopes(main_output(run_probe(_shaken(model, seed), probe)), spy)
+        with _shaken(model, seed): *_,alone,even = _score_slopes(main_output(run_probe(model, probe)), spy)
         closed = closed and alone and even
         lowest.append(spy.lowest)
     negative = nn.AlphaDropout,nn.FeatureAlphaDropout # In training these put negative values in

@@ -10,6 +10,7 @@ STAMP   := $(VENV)/.installed
 RUN_ENV  = OMP_NUM_THREADS=1 PYTHONHASHSEED=0 MPLBACKEND=agg PATH="$(CURDIR)/$(BIN):$$PATH"
 TEST_ENV = $(RUN_ENV) PYTHONPATH="$(CURDIR)/tests/offline"
 
+# Each notebook in a process of its own: fastai changes torch.Tensor for whoever comes after it. The long ones come first.
 NOTEBOOKS = find nbs -name '*.ipynb' -not -path '*/.*' -not -path '*/_*' | sort -r
 
 .DEFAULT_GOAL := help
@@ -30,12 +31,14 @@ $(STAMP): settings.ini setup.py
 demo: $(STAMP) ## train plain, with DropClass, fading class weights and class paste, on generated street scenes, and compare (ARGS="--help")
 	$(BIN)/dropclass-demo $(ARGS)
 
-test: $(STAMP) ## run every notebook and every file of tests; no network, a few minutes
-	$(TEST_ENV) python .ci/tests.py --workers $(WORKERS)
+test: $(STAMP) ## run every notebook, then pytest; no network, a few minutes
+	$(NOTEBOOKS) | $(TEST_ENV) xargs -n 1 -P $(WORKERS) nbdev-test --timing
+	$(TEST_ENV) python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-full: $(STAMP) ## the same with the cells and tests marked slow (and cuda, where there is a GPU)
 	flags=$$($(BIN)/python -c "import torch; print('slow cuda' if torch.cuda.is_available() else 'slow')"); \
-	$(TEST_ENV) python .ci/tests.py --workers $(WORKERS) --flags "$$flags"
+	$(NOTEBOOKS) | $(TEST_ENV) xargs -n 1 -P $(WORKERS) nbdev-test --timing --flags "$$flags"
+	$(TEST_ENV) python -m pytest -q -n $(WORKERS) --dist loadfile -m ''
 
 check: $(STAMP) ## only whether imports, lines, package, README, notebooks and site fit each other (a minute)
 	$(TEST_ENV) python -m pytest -q tests/test_house.py tests/test_package.py tests/test_site.py

@@ -2,9 +2,8 @@
 
     python benchmarks/evidence.py RUN_A RUN_B --out results/NAME
 
-RUN_A is the baseline, RUN_B the run that is compared with it, both on the same data. The pages in nbs/analyses read
-what this
-writes, so that they render without the weights. Pictures are written for generated images only (data set `scenes`).
+RUN_A is the baseline, RUN_B the run that is compared with it, both on the same data. nbs/analyses/30_evidence_scenes
+reads what this writes, so it renders without the weights. Pictures are written for generated images only.
 """
 import argparse
 import json

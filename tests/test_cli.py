@@ -308,6 +308,23 @@ def test_errors_are_one_line_and_exit_code_2(runs, command, tmp_path, monkeypatc
         runpy.run_path(str(_script(name)), run_name='__main__')
 
 
+@pytest.mark.parametrize('name,args', [
+    ('train', ['scenes', '--out', '', *TINY]), ('train', ['scenes', '--out=', *TINY]),
+    ('train', ['folder', '--path', '', '--out', 'NEW']), ('train', ['scenes', '--recipe', '', '--out', 'NEW', *TINY]),
+    ('compare', ['RUNS/plain', '--save', '']), ('compare', ['RUNS/plain', '']),
+    ('predict', ['RUNS/plain', 'RUNS/plain/examples.png', '--out', '']),
+    ('audit', ['RUNS/plain', '--out', '']), ('audit', ['RUNS/plain', '--data', '', '--out', 'NEW']),
+    ('tune', ['--model', 'RUNS/plain/weights.safetensors', '--arch', 'small', '--data', 'scenes', '--out', '']),
+    ('demo', ['--epochs', '1', '--out', '']),
+])
+def test_an_empty_value_is_refused(runs, command, tmp_path, monkeypatch, name, args):
+    "A path would be the folder one stands in."
+    monkeypatch.chdir(tmp_path)
+    code,_,err = command(name, *[o.replace('RUNS', str(runs[0])) for o in args])
+    assert code==2 and err.startswith('Error: ') and ' is empty, as ' in err and len(err.splitlines())==1
+    assert not any(tmp_path.iterdir())
+
+
 def _script(name):
     path = Path('script.py').absolute()
     path.write_text(SCRIPT.format(name))

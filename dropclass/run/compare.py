@@ -125,11 +125,14 @@ def comparison(
     runs, # Run folders (or `Run` objects), one or more; differences are to the first
     test:str='valid', # Test set: 'valid', and 'unbiased' where the data set has one
     path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts, per run
+    labels:list|None=None, # Names of the runs in the table; None names them by what sets them apart
 ) -> pd.DataFrame: # A row per class, the rarest first, then both means; pixels and IoU in percent
     "Compare runs class by class, as in the paper's Table 1."
     runs = _read_runs(runs)
     check_comparable(runs, test)
-    labels,paths = run_labels(runs),[pick_path(o, test, path) for o in runs]
+    if labels and not len(labels)==len(set(labels))==len(runs):
+        raise ValueError(f"`labels` must be one name per run, all different, got {labels} for {len(runs)} runs")
+    labels,paths = list(labels or run_labels(runs)),[pick_path(o, test, path) for o in runs]
     df,order = _class_rows(runs[0].metrics)
     for label,run,p in zip(labels, runs, paths): df[label] = _scores(run, test, p, order)
     first = df[labels[0]]
@@ -214,16 +217,17 @@ def show_comparison(
     test:str='valid', # Test set
     path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts
     by_run:bool=False, # A column for every run, also where several differ only in the seed?
+    labels:list|None=None, # Names of the runs, a column for every run; None names them by what sets them apart
 ) -> pd.DataFrame: # As of `comparison`; of `compare_arms` where more than two runs hold one setting with several seeds
     "Print a comparison, and in words what it shows."
     from dropclass.core import printable
     read = _read_runs(runs)
-    if not by_run and len(read)>2 and len(group_arms(read))<len(read):
+    if not (by_run or labels) and len(read)>2 and len(group_arms(read))<len(read):
         df = compare_arms(read, test, path)
         print(printable(format_arms(df)))
         if text := describe_arms(df): print('\n'+printable(text))
         return df
-    df = comparison(read, test, path)
+    df = comparison(read, test, path, labels)
     print(printable(format_comparison(df)))
     labels = df.attrs['labels']
     for label,also in zip(labels[1:], _also_different(read, labels)):

@@ -116,6 +116,7 @@ def tuned_text(
     folders:Iterable, # Folders of runs
     test:str='valid', # Test set to score
     path:str|None=None, # 'plain', 'drop' or 'mean' where a run has it; None is the path that predicts
+    labels:list|None=None, # Names of the runs; None takes their folders'
 ) -> str: # A table with a line of explanation; empty where nothing was counted
     "Put runs side by side as trained, and tuned: each half of the images at the tau that the other half chooses."
     folders = [Path(o) for o in folders]
@@ -126,7 +127,7 @@ def tuned_text(
     found = [tuned_rows([o], rules, (test,), p).set_index('rule') for o,p in zip(folders, own)]
     cells = [{'tau':f"{o.tau['tuned']:g}", **{f'{name}, {rule}':f'{o[column][rule]:.1f}'
               for column,name in (('miou','mIoU'),('rare','rare mIoU')) for rule in o.index}} for o in found]
-    table = pd.DataFrame(cells, index=[o.name for o in folders])
+    table = pd.DataFrame(cells, index=labels or [o.name for o in folders])
     return f"Class bias tuned, each half of the images on the other half ({test}):\n\n{table.to_string()}"
 
 # %% ../../nbs/76_run.tuned.ipynb #d15edc26

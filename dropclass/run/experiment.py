@@ -46,8 +46,9 @@ from fastcore.basics import patch
 from fastai.torch_core import default_device, get_model, rank_distrib, set_seed, to_float
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from ..rivals import COUNTED_LOSSES, FadeWeightsCallback, IgnoreLabelCallback, published_weights, region_loss
+from ..rivals import COUNTED_LOSSES, FadeWeightsCallback, published_weights, region_loss
 from ..analysis.ablations import ablated
+from ..analysis.controls import EraseClassCallback, IgnoreLabelCallback
 from ..analysis.subjects import Subject, answer_by
 from ..core import ClassSpec, check_choice, check_device, check_unit, colorize, write_json, writing
 from ..data.core import full_size_dl, make_dls
@@ -57,7 +58,7 @@ from ..head import HEAD_OPTIONS
 from ..surgery import add_dropclass, get_head
 from ..metrics import class_iou, evaluate, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
 from ..models import create_model, single_values
-from ..paste import ClassPasteCallback, EraseClassCallback
+from ..paste import ClassPasteCallback
 from ..prior import TAUS, class_offsets, prior_confusions
 from ..ranks import from_first, gather_ranks, is_first, joined, num_ranks
 from .config import (DATA, ON_CANVAS, Config, check_type, config_hash, read_config, read_confusion,

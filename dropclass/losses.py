@@ -105,6 +105,7 @@ def cross_entropy_options(
         settings = {k:getattr(loss_func, k) for k in settings}
     elif loss_func is not F.cross_entropy: return None
     reduction = settings.pop('reduction')
+    check_unit(settings['label_smoothing'], 'label_smoothing')
     if reduction!='mean': raise ValueError("A cross-entropy must have reduction='mean' to be mixed with the drop "
         f"path, got {reduction!r}: build it with reduction='mean'")
     if settings['weight'] is not None: settings['weight'] = check_weight(plain_tensor(settings['weight']))
@@ -142,6 +143,8 @@ def pixel_loss(
 ) -> Tensor: # Scalar loss; 0 where nothing counts
     "Average the (weighted, smoothed) cross-entropy of log-probabilities."
     weight,void,smooth = (options[o] for o in ('weight','ignore_index','label_smoothing'))
+    if weight is not None and weight.shape!=log_probs.shape[1:2]: raise ValueError("`weight` must have one entry for "
+        f"each of {log_probs.shape[1]} classes, got shape {tuple(weight.shape)}")
     count = pixel_count(target, weight, void, normalize)
     if weight is not None: weight = weight.to(log_probs)
     loss = F.nll_loss(log_probs, target, weight, ignore_index=void, reduction='sum')

@@ -33,12 +33,12 @@ demo: $(STAMP) ## train plain, with DropClass, fading class weights and class pa
 
 test: $(STAMP) ## run every notebook, then pytest; no network, a few minutes
 	$(NOTEBOOKS) | $(TEST_ENV) xargs -n 1 -P $(WORKERS) nbdev-test --timing
-	$(TEST_ENV) python -m pytest -q
+	$(TEST_ENV) python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-full: $(STAMP) ## the same with the cells and tests marked slow (and cuda, where there is a GPU)
 	flags=$$($(BIN)/python -c "import torch; print('slow cuda' if torch.cuda.is_available() else 'slow')"); \
 	$(NOTEBOOKS) | $(TEST_ENV) xargs -n 1 -P $(WORKERS) nbdev-test --timing --flags "$$flags"
-	$(TEST_ENV) python -m pytest -q -m ''
+	$(TEST_ENV) python -m pytest -q -n $(WORKERS) --dist loadfile -m ''
 
 check: $(STAMP) ## only whether imports, lines, package, README, notebooks and site fit each other (a minute)
 	$(TEST_ENV) python -m pytest -q tests/test_house.py tests/test_package.py tests/test_site.py

@@ -28,7 +28,7 @@ QUICK = {
     'step_time': ['--archs', 'small', '--size', '32x64', '--rounds', '5'],
     'parts': ['--archs', 'small', '--size', '32x64', '--rounds', '5'],
     'memory': ['--archs', 'small', '--size', '32x64', '--variants', 'plain;dropclass'],
-    'classes': ['--arch', 'small', '--size', '32x32', '--classes', '2,19'],
+    'classes': ['--arch', 'small', '--size', '32x32', '--classes', '2,300'],
     'image_size': ['--arch', 'small', '--sizes', '32x64'],
     'schedule': ['--arch', 'small', '--size', '32x64', '--points', '5'],
     'fused_loss': ['--cases', '19', '--rounds', '3'],

@@ -42,7 +42,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropclass.callback import DropClassCallback
-from dropclass.core import VOID
 from dropclass.fused import resize_dropclass_loss
 from dropclass.head import compensation_block, split_paths
 from dropclass.surgery import add_dropclass, find_classifier
@@ -50,6 +49,7 @@ from dropclass.losses import dropclass_loss
 from dropclass.models import create_model
 
 LAM,ALPHA,DROPPED = .5,10.,1
+VOID = -100 # 255 is a class where there are a thousand
 PAPER = 'hrnet_v1_w18,hrnet_v2_w18,deeplabv3_mobilenetv3'
 RESULTS = Path(__file__).resolve().parent.parent/'results'
 
@@ -107,17 +107,18 @@ def fused(model, classes):
     def loss_of(model, x, y):
         with head.dropping(mask, LAM, small_only=True) as step: model(x)
         logits,drop_logits = step.small
-        return resize_dropclass_loss(logits, drop_logits, y, DROPPED, LAM, ALPHA)[0]
+        return resize_dropclass_loss(logits, drop_logits, y, DROPPED, LAM, ALPHA, ignore_index=VOID)[0]
     return loss_of
 
 
 def stacked(model, classes):
     "The loss of a loop with the head, from the full-size logits."
     head,mask = add_dropclass(model, classes),keep_mask(classes)
+    base_loss = nn.CrossEntropyLoss(ignore_index=VOID)
     def loss_of(model, x, y):
         with head.dropping(mask, LAM): out = model(x)
         logits,drop_logits = split_paths(out, len(x))
-        return dropclass_loss(logits, drop_logits, y, mask, LAM, ALPHA)
+        return dropclass_loss(logits, drop_logits, y, mask, LAM, ALPHA, base_loss)
     return loss_of
 
 

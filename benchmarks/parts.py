@@ -16,9 +16,8 @@ from fastcore.script import call_parse
 from statistics import median
 from torch.nn import functional as F
 
-from common import (ALPHA, DROPPED, LAM, PAPER, batch_size, make_base, make_batch, make_steps, measure, parse_size,
-                    setting, show, write_csv)
-from dropclass.core import VOID
+from common import (ALPHA, DROPPED, LAM, PAPER, VOID, batch_size, make_base, make_batch, make_steps, measure,
+                    parse_size, setting, show, write_csv)
 from dropclass.fused import resize_dropclass_loss
 from dropclass.surgery import add_dropclass
 
@@ -40,8 +39,9 @@ def make_parts(arch, classes, x, y):
             model.zero_grad()
         return run
     literal = lambda z: F.cross_entropy(F.interpolate(z, size=y.shape[1:], mode='bilinear'), y, ignore_index=VOID)
+    both = lambda a,b: resize_dropclass_loss(a, b, y, DROPPED, LAM, ALPHA, ignore_index=VOID)[0]
     return {'literal loss':part(literal, logits),
-            'fused losses':part(lambda a,b: resize_dropclass_loss(a, b, y, DROPPED, LAM, ALPHA)[0], logits, logits),
+            'fused losses':part(both, logits, logits),
             'classifier':part(head.classifier, features), 'convolution':part(mix, features),
             'norm':part(lambda o: act(norm(o)), features)}
 

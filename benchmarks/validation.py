@@ -15,9 +15,9 @@ from fastai.learner import Learner
 from fastcore.script import call_parse
 from torch import nn
 
-from common import make_base, make_batch, measure, parse_size, peak_tensors, setting, sgd, show, summary, write_csv
+from common import (VOID, make_base, make_batch, measure, parse_size, peak_tensors, setting, sgd, show, summary,
+                    write_csv)
 from dropclass.callback import DropClassCallback
-from dropclass.core import VOID
 from dropclass.metrics import segmentation_metrics
 
 
@@ -25,7 +25,8 @@ def make_learner(model, classes, x, y, *cbs):
     "A Learner after one epoch of one step."
     one = DataLoader(list(zip(x, y)), bs=len(x))
     loss = nn.CrossEntropyLoss(ignore_index=VOID)
-    learn = Learner(DataLoaders(one, one), model, loss, cbs=cbs, opt_func=sgd, metrics=segmentation_metrics(classes))
+    learn = Learner(DataLoaders(one, one), model, loss, cbs=cbs, opt_func=sgd,
+                    metrics=segmentation_metrics(classes, ignore_index=VOID))
     learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
     learn.logger = lambda *args: None
     return learn

@@ -25,7 +25,7 @@ from .features import dropped_class, kept_sums, sample_keep_mask
 from .fused import fuses, resize_dropclass_loss
 from .head import HEAD_CHOICES, HEAD_OPTIONS, split_paths
 from .history import DropClassHistory
-from .learner import add_head, class_names, extend_optimizer, may_read_pred
+from .learner import add_head, class_labels, class_names, extend_optimizer, may_read_pred
 from .learner import only_predicts, show_pixel, take_answer
 from .losses import StepPaths, check_per_pixel, check_void, choose_paths, cross_entropy_options
 from .losses import drop_path_losses, get_ignore_index, has_labels, strip_weights, total_loss
@@ -104,12 +104,8 @@ for o in ('rows','history','plot_schedule','plot_losses'):
 @patch
 def find_droppable(self:DropClassCallback):
     "Name the classes, and find out which may be dropped."
-    self.names,ignored = class_names(self.dls, self.drop_head.num_classes),get_ignore_index(self.loss_func)
-    labels = {**dict(enumerate(range(len(self.names)))), **{o:i for i,o in enumerate(self.names)}}
-    unknown = [o for o in self.never_drop if o not in labels]
-    if unknown: raise ValueError(f"`never_drop` names {unknown[0]!r}, which is no class: give a name or a label, or "
-                                 f"several as a tuple, of {', '.join(self.names)}")
-    never = {ignored, *(labels[o] for o in self.never_drop)}
+    self.names = class_names(self.dls, self.drop_head.num_classes)
+    never = {get_ignore_index(self.loss_func), *class_labels(self.never_drop, self.names, 'never_drop')}
     self.droppable = [i for i in range(len(self.names)) if i not in never]
     if not self.droppable: raise ValueError("No class is left to drop after `never_drop` and the label that the loss "
                                             "ignores: leave at least one out of `never_drop`")

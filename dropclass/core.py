@@ -104,7 +104,7 @@ def whole_labels(
     if y.is_floating_point() or y.is_complex(): raise TypeError(
         f"{name} must hold class labels (integers), got {y.dtype}: convert with `.long()` if all are whole numbers, "
         "or take the argmax of probabilities")
-    return y.as_subclass(Tensor).long()
+    return (y if type(y) is Tensor else y.as_subclass(Tensor)).long()
 
 # %% ../nbs/00_core.ipynb #a2f15707
 def check_class(

@@ -6,7 +6,7 @@
 __all__ = ['resize_matrix', 'matrix_windows', 'axis_windows', 'kept_windows', 'tile_size', 'calm_threads', 'tile_numbers',
            'map_bands', 'resize_tile', 'spread_tile', 'pixel_terms', 'shift_logits', 'tile_losses', 'tile_gradient',
            'full_precision', 'sweep_band', 'sweep_tiles', 'FusedLoss', 'check_inputs', 'resize_cross_entropy',
-           'resize_drop_losses', 'resize_dropclass_loss', 'band_max', 'resized_max', 'fuses', 'find_resize']
+           'resize_dropclass_loss', 'band_max', 'resized_max', 'fuses', 'find_resize']
 
 # %% ../nbs/35_fused.ipynb #7c2eb580
 import math, os
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import VOID, check_class, check_unit
-from .losses import check_weight, cross_entropy_options, masked_target, pixel_count, plain_tensor
+from .core import VOID, check_class, check_unit, whole_labels
+from .losses import check_alpha, check_weight, cross_entropy_options, masked_target, pixel_count, plain_tensor
 
 # %% ../nbs/35_fused.ipynb #94987653
 def resize_matrix(
@@ -52,6 +52,7 @@ def matrix_windows(
     return windows
 
 # %% ../nbs/35_fused.ipynb #be5927b0
+@lru_cache(maxsize=64)
 def axis_windows(
     size:int, # Length before the resize
     out_size:int, # Length after it
@@ -59,18 +60,16 @@ def axis_windows(
     align_corners:bool=False, # As in `F.interpolate`
     dtype:torch.dtype=torch.float32, # Type of the weights
     device=None, # Where the blocks are wanted
-) -> list: # As `matrix_windows` gives them
-    "Make the pieces of one axis."
+) -> list: # As `matrix_windows` gives them; the same list every time
+    "Make the pieces of one axis, or take those that were made before."
     return matrix_windows(resize_matrix(size, out_size, align_corners, dtype), step, device)
-
-_kept = lru_cache(maxsize=64)(axis_windows)
 
 def kept_windows(
     *args, # As `axis_windows` takes them
-) -> list: # The same list every time
-    "Make the pieces of one axis, or take those that were made before."
-    if torch.compiler.is_compiling(): return axis_windows(*args)
-    with torch.inference_mode(False): return _kept(*args) # What validation made, training can use
+) -> list: # The same list every time, but inside a compiled function
+    "Make the pieces of one axis for training too, whoever asks first."
+    if torch.compiler.is_compiling(): return axis_windows.__wrapped__(*args)
+    with torch.inference_mode(False): return axis_windows(*args)
 
 # %% ../nbs/35_fused.ipynb #e7d5945a
 def tile_size(
@@ -193,12 +192,11 @@ def tile_gradient(
     dropped_class:int|None, # The dropped class
     u, # Weight of a pixel's cross-entropy
     v, # Weight of a pixel's probability of the dropped class
-    inplace:bool=True, # Write the gradient over the exponentials?
-) -> Tensor: # Gradient (b,C,c) of the mixture
+) -> Tensor: # Gradient (b,C,c) of the mixture, in the place of the exponentials
     "Compute the gradient of a mixture of both losses with respect to a tile's logits."
     labels,hard,soft,total = terms
     pull = u*total if prob is None else u*total - v*prob
-    grad = exps.mul_(pull/exp_sum) if inplace else exps*(pull/exp_sum)
+    grad = exps.mul_(pull/exp_sum)
     grad.scatter_add_(1, labels, -u*hard)
     if soft is not None: grad.addcmul_(class_weight[:,None], u*soft, value=-1)
     if prob is not None: grad[:,dropped_class:dropped_class+1] += v*prob
@@ -227,30 +225,30 @@ def full_precision(
 def sweep_band(
     band:tuple, # Small logits (k,C,w1) and labels (b,w) of a band of rows, and its row block (b,k)
     cols:list, # Its tiles, from `matrix_windows`
-    mixtures:list, # Pairs (u,v): weight of a pixel's cross-entropy and of its probability of the dropped class
+    mixture:tuple|None, # Weight of a pixel's cross-entropy and of its probability of the dropped class; None: no gradient
     class_weight:Tensor, # Weight of each class (C,)
     options:tuple, # Are the weights other than 1, `ignore_index`, `label_smoothing`
     dropped_class:int|None=None, # The dropped class
     shift:bool=True, # As in `tile_losses`
-) -> tuple: # Sums of cross-entropies and of probabilities (2,), and a gradient (k,C,w1) per mixture
-    "Compute losses and gradients of a band of rows, tile by tile."
+) -> tuple: # Sums of cross-entropies and of probabilities (2,), and the gradient of the mixture (k,C,w1) or None
+    "Compute losses and gradient of a band of rows, tile by tile."
     x,target,R = band
-    sums,grads = x.new_zeros(2),[torch.zeros_like(x) for _ in mixtures]
+    sums,grad = x.new_zeros(2),None if mixture is None else torch.zeros_like(x)
     for c,j,Q in cols:
         z,terms = resize_tile(x[...,j], R, Q),pixel_terms(target[:,c], class_weight, *options)
         loss,exp_sum,prob = tile_losses(z, terms, class_weight, dropped_class, shift)
         sums[0] += loss
         if prob is not None: sums[1] += prob.sum()
-        for m,((u,v),g) in enumerate(zip(mixtures, grads), 1):
-            grad = tile_gradient(z, exp_sum, prob, terms, class_weight, dropped_class, u, v, m==len(mixtures))
-            g[...,j] += spread_tile(grad, R, Q)
-    return sums, grads
+        if mixture is None: continue
+        own = tile_gradient(z, exp_sum, prob, terms, class_weight, dropped_class, *mixture)
+        grad[...,j] += spread_tile(own, R, Q)
+    return sums, grad
 
 # %% ../nbs/35_fused.ipynb #3977b961
 def sweep_tiles(
     logits:Tensor, # Small logits (N,C,h1,w1), float32 or float64
     target:Tensor, # Labels (N,h,w), int64
-    mixtures, # Pairs (a,b) whose gradients are wanted; none for the losses alone
+    mixture:tuple|None, # (a,b), whose gradient is wanted; None for the losses alone
     dropped_class:int|None=None, # Its pixels are void in Eq. (6), its probability is Eq. (8); None is Eq. (5)
     weight:Tensor|None=None, # Weight of each class (C,); None weighs all alike
     ignore_index:int=VOID, # Label of pixels that do not count
@@ -259,8 +257,8 @@ def sweep_tiles(
     align_corners:bool=False, # As in `F.interpolate`
     tile:tuple|None=None, # Rows and columns of a tile; None chooses
     workers:int=1, # Bands of rows to work on at a time
-) -> tuple: # Cross-entropy and suppression (2,), and a gradient (N,h1,C,w1) per mixture
-    "Compute losses and gradients band by band."
+) -> tuple: # Cross-entropy and suppression (2,), and the gradient of the mixture (N,h1,C,w1) or None
+    "Compute losses and gradient band by band."
     (N,C,*size),out_size = logits.shape,target.shape[1:]
     tile = tile or tile_size(C, size, out_size, tile_numbers(logits.device.type))
     rows,cols = [kept_windows(*o, align_corners, logits.dtype, logits.device) for o in zip(size, out_size, tile)]
@@ -268,50 +266,48 @@ def sweep_tiles(
     count = pixel_count(target, weight, ignore_index, normalize).to(logits.dtype)
     class_weight = logits.new_ones(C) if weight is None else weight.to(logits)
     x,shift = shift_logits(logits.transpose(1, 2).contiguous())
-    sums,grads = x.new_zeros(2),[torch.zeros_like(x) for _ in mixtures]
-    wanted = [m for m,pair in enumerate(mixtures) if any(pair)]
-    weights = [(mixtures[m][0]/count, mixtures[m][1]/target.numel()) for m in wanted]
+    sums,grad = x.new_zeros(2),None if mixture is None else torch.zeros_like(x)
+    scaled = (mixture[0]/count, mixture[1]/target.numel()) if mixture and any(mixture) else None
+    options = (weight is not None, ignore_index, label_smoothing)
+    f = lambda o: sweep_band(o, cols, scaled, class_weight, options, dropped_class, shift)
     bands = list(product(range(N), rows))
-    f = lambda o: sweep_band(o, cols, weights, class_weight, (weight is not None, ignore_index, label_smoothing),
-                             dropped_class, shift)
     inputs = [(x[n,i], target[n,r], R) for n,(r,i,R) in bands]
     for (n,(_,i,_)),(part,found) in zip(bands, map_bands(f, inputs, workers)):
         sums += part
-        for m,g in zip(wanted, found): grads[m][n,i] += g
-    return torch.stack([sums[0]/count, sums[1]/target.numel()]), grads
+        if found is not None: grad[n,i] += found
+    return torch.stack([sums[0]/count, sums[1]/target.numel()]), grad
 
 # %% ../nbs/35_fused.ipynb #f032ce33
 class FusedLoss(torch.autograd.Function):
-    "Mixtures of cross-entropy and suppression of resized logits, with the gradient computed on the way forward."
+    "A mixture of cross-entropy and suppression of resized logits, with the gradient computed on the way forward."
     @staticmethod
     def forward(ctx,
         logits:Tensor, # Small logits (N,C,h1,w1), any float type
         target:Tensor, # Labels (N,h,w), int64
-        mixtures, # Pairs (a,b): a times the cross-entropy plus b times the suppression
+        mixture:tuple, # (a,b): a times the cross-entropy plus b times the suppression
         with_grad:bool, # Will there be a backward pass?
         options:dict, # The other arguments of `sweep_tiles`
-    ) -> tuple: # One loss per mixture (M,), and cross-entropy and suppression (2,) to look at
-        "Sweep, and keep the gradients."
+    ) -> tuple: # The mixture, scalar, and cross-entropy and suppression (2,) to look at
+        "Sweep, and keep the gradient."
         ctx.dtype = logits.dtype
         x = logits if logits.dtype==torch.float64 else logits.float()
         with full_precision(x.device.type), calm_threads(x.device.type) as workers:
-            parts,grads = sweep_tiles(x, target, mixtures if with_grad else [], workers=workers, **options)
-        ctx.save_for_backward(*grads)
+            parts,grad = sweep_tiles(x, target, mixture if with_grad else None, workers=workers, **options)
+        ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(parts)
-        mixed = [sum((w*o for w,o in zip(mix, parts) if w), parts.new_zeros(())) for mix in mixtures]
-        return torch.stack(mixed), parts
+        return sum((w*o for w,o in zip(mixture, parts) if w), parts.new_zeros(())), parts
 
     @staticmethod
     def backward(ctx,
-        grad_losses:Tensor, # Gradient of each mixture (M,)
+        grad_loss:Tensor, # Gradient of the mixture, scalar
         _, # Nothing flows through the parts
     ) -> tuple: # Gradient of the small logits (N,C,h1,w1), in their type, and None for the rest
-        "Scale the stored gradients."
+        "Scale the stored gradient."
         if torch.is_grad_enabled():
             raise RuntimeError("A fused loss has no second derivative: call backward without `create_graph=True`, or "
                                "use F.interpolate and F.cross_entropy")
-        grad = sum(a*o for a,o in zip(grad_losses, ctx.saved_tensors))
-        return grad.transpose(1, 2).to(ctx.dtype).contiguous(), None, None, None, None
+        grad, = ctx.saved_tensors
+        return (grad_loss*grad).transpose(1, 2).to(ctx.dtype).contiguous(), None, None, None, None
 
 # %% ../nbs/35_fused.ipynb #51336aac
 def check_inputs(
@@ -322,43 +318,33 @@ def check_inputs(
     dropped_class:int|None=None, # The dropped class
 ) -> tuple: # Both as plain tensors, labels as int64
     "Refuse logits and labels that do not fit each other."
-    logits,target = plain_tensor(logits),plain_tensor(target)
+    logits,target = plain_tensor(logits),whole_labels(target)
     if logits.dim()!=4 or not logits.is_floating_point():
         raise ValueError(f"`logits` must be floats of shape (N,C,h1,w1), got {logits.dtype} of shape "
                          f"{tuple(logits.shape)}")
-    if target.is_floating_point():
-        raise TypeError(f"`target` must hold class labels (integers), got {target.dtype}: convert with `.long()`, or "
-                        f"take the argmax of probabilities")
     if target.dim()!=3 or len(target)!=len(logits) or not target.numel():
         raise ValueError(f"`target` must have shape ({len(logits)},h,w) to fit logits {tuple(logits.shape)}, got "
-                         f"{tuple(target.shape)}"
-                         + (": take off the axis of one channel, `target[:,0]`" if target.dim()==4
-                            and target.shape[1]==1 else ""))
-    C,target = logits.shape[1],target.long()
+                         f"{tuple(target.shape)}: labels have no axis for channels, take `target[:,0]`")
+    C = logits.shape[1]
     if ignore_index==VOID<C:
         raise ValueError(f"Label {VOID} is one of {C} classes, so it cannot be void as well: give another "
                          f"`ignore_index`, -100 say")
     if weight is not None and check_weight(weight).shape!=(C,):
         raise ValueError(f"`weight` must have one entry for each of {C} classes, got shape {tuple(weight.shape)}")
     check_class(dropped_class, C)
-    if target.device.type=='cpu':
-        wrong = ((target<0)|(target>=C))&(target!=ignore_index)
-        if wrong.any():
-            raise IndexError(f"Target {int(target[wrong][0])} is out of bounds: labels are 0..{C-1}, or "
-                             f"{ignore_index} (`ignore_index`) for void")
+    wrong = target[((target<0)|(target>=C))&(target!=ignore_index)] if target.device.type=='cpu' else ()
+    if len(wrong): raise IndexError(f"Target {int(wrong[0])} is out of bounds: labels are 0..{C-1}, or {ignore_index} "
+                                    "(`ignore_index`) for void")
     return logits, target
 
 # %% ../nbs/35_fused.ipynb #debe6b30
-def _apply(logits, target, mixtures, dropped_class=None, weight=None, ignore_index=VOID, label_smoothing=0., tile=None,
-           **options):
+def _apply(logits, target, mixture, dropped_class=None, weight=None, ignore_index=VOID, label_smoothing=0., **options):
     "Check, then run `FusedLoss`."
     weight = None if weight is None else plain_tensor(weight).detach()
     logits,target = check_inputs(logits, target, weight, ignore_index, dropped_class)
-    if tile is not None and not (len(tile)==2 and min(tile)>=1):
-        raise ValueError(f"`tile` must be (rows, columns), both at least 1, got {tile}")
     options.update(dropped_class=dropped_class, weight=weight, ignore_index=ignore_index,
-                   label_smoothing=check_unit(label_smoothing, 'label_smoothing'), tile=tile)
-    return FusedLoss.apply(logits, target, mixtures, logits.requires_grad and torch.is_grad_enabled(), options)
+                   label_smoothing=check_unit(label_smoothing, 'label_smoothing'))
+    return FusedLoss.apply(logits, target, mixture, logits.requires_grad and torch.is_grad_enabled(), options)
 
 # %% ../nbs/35_fused.ipynb #75b2b00c
 def resize_cross_entropy(
@@ -369,30 +355,10 @@ def resize_cross_entropy(
     label_smoothing:float=0., # Share of the target spread over all classes
     normalize:str='valid', # 'valid': mean over the pixels that count; 'all': divided by N*h*w
     align_corners:bool=False, # As in `F.interpolate`
-    tile:tuple|None=None, # Rows and columns of a tile; None chooses
 ) -> Tensor: # Scalar loss, float32 or float64; 0 where nothing counts
     "Compute the cross-entropy of bilinearly resized logits without resizing them all at once."
-    losses,_ = _apply(logits, target, [(1., 0.)], None, weight, ignore_index, label_smoothing, tile,
-                      normalize=normalize, align_corners=align_corners)
-    return losses[0]
-
-# %% ../nbs/35_fused.ipynb #b8d334f0
-def resize_drop_losses(
-    drop_logits:Tensor, # Small logits of the drop path (N,C,h1,w1), any float type
-    target:Tensor, # Labels (N,h,w); the logits are resized to their size
-    dropped_class:int|None, # The dropped class z; None drops nothing: Eq. (5), and no suppression
-    weight:Tensor|None=None, # Weight of each class (C,); None weighs all alike
-    ignore_index:int=VOID, # Label of pixels that do not count
-    label_smoothing:float=0., # Share of the target spread over all classes
-    normalize:str='valid', # 'valid': mean over the pixels that count; 'all': divided by N*h*w
-    align_corners:bool=False, # As in `F.interpolate`
-    tile:tuple|None=None, # Rows and columns of a tile; None chooses
-) -> tuple: # Two scalars: masked loss of Eq. (6), suppression of Eq. (8)
-    "Compute both losses of the drop path from small logits."
-    mixtures = [(1., 0.)] if dropped_class is None else [(1., 0.), (0., 1.)]
-    losses,parts = _apply(drop_logits, target, mixtures, dropped_class, weight, ignore_index, label_smoothing, tile,
-                          normalize=normalize, align_corners=align_corners)
-    return losses[0], parts[1] if dropped_class is None else losses[1]
+    return _apply(logits, target, (1., 0.), None, weight, ignore_index, label_smoothing, normalize=normalize,
+                  align_corners=align_corners)[0]
 
 # %% ../nbs/35_fused.ipynb #9413971b
 def resize_dropclass_loss(
@@ -406,13 +372,10 @@ def resize_dropclass_loss(
     **options, # The other options of `resize_cross_entropy`
 ) -> tuple: # Total loss, Eq. (9), and its parts (3,): plain, masked, suppression (not differentiable)
     "Compute the total loss of a training step from the small logits of both paths."
-    lam = check_unit(lam, 'lam')
-    if not alpha>=0:
-        raise ValueError(f"`alpha` must be at least 0, got {alpha}: 10 is the paper's, 0 turns the suppression off")
-    defaults = dict(normalize='valid', align_corners=False)
+    lam,alpha = check_unit(lam, 'lam'),check_alpha(alpha)
     masked = options if masked_weights else {**options, 'weight':None}
     paths = [('logits', logits, (1-lam, 0.), None, options),
-             ('drop_logits', drop_logits, (lam, 0. if dropped_class is None else float(alpha)), dropped_class, masked)]
+             ('drop_logits', drop_logits, (lam, 0. if dropped_class is None else alpha), dropped_class, masked)]
     total,parts = 0.,[]
     for name,x,mixture,z,kwargs in paths:
         if x is None and any(mixture):
@@ -420,8 +383,8 @@ def resize_dropclass_loss(
                              f"dropped_class={dropped_class}: pass the logits")
         if x is None: part = target.new_full((2,), float('nan'), dtype=torch.float32)
         else:
-            losses,part = _apply(x, target, [mixture], z, **{**defaults, **kwargs})
-            total = total+losses[0]
+            loss,part = _apply(x, target, mixture, z, **kwargs)
+            total = total+loss
         parts.append(part)
     return total, torch.stack([parts[0][0], *parts[1]])
 
@@ -464,14 +427,12 @@ def fuses(
 def find_resize(
     logits:Tensor, # Small logits (N,C,h1,w1)
     out:Tensor, # What the model made of them
-    tol:float|None=None, # Largest difference, relative to the largest logit; None: 1e-4, for half precision 2e-2
 ) -> dict|None: # `align_corners` of the resize; None if it is none
     "Tell whether a model's output is its small logits, bilinearly resized."
     logits,out = plain_tensor(logits).detach()[:1],plain_tensor(out).detach()[:1]
     if out.dim()!=4 or out.shape[:2]!=logits.shape[:2]: return None
     half = {torch.float16,torch.bfloat16} & {logits.dtype,out.dtype}
-    if tol is None: tol = 2e-2 if half else 1e-4
-    most = tol*logits.abs().max().float()
+    most = (2e-2 if half else 1e-4)*logits.abs().max().float()
     for align_corners in (False, True):
         want = F.interpolate(logits.float(), size=out.shape[2:], mode='bilinear', align_corners=align_corners)
         if (want-out.float()).abs().max()<=most: return {'align_corners':align_corners}

@@ -397,6 +397,9 @@ def answer_armed(self:DropClassHead,
 ) -> Tensor: # Logits of both paths stacked (2N,C,h1,w1), or of the one that is wanted (N,C,h1,w1)
     "Run the paths that this step needs."
     step = self.step
+    if self.tail is not None and torch._C._current_graph_task_id()!=-1: raise RuntimeError("The head runs again inside "
+        "the backward pass, as activation checkpointing does, but needs what follows it, too: checkpoint the backbone "
+        "alone, or nothing")
     path = getattr(self.tail, 'path', None) or step.path # A tail that runs twice asks for one path at a time
     step.answered = True
     logits = None if path=='drop' else self.classify(features)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['plain_tensor', 'loss_input', 'get_ignore_index', 'check_void', 'has_labels', 'check_weight', 'cross_entropy_options',
-           'pixel_count', 'pixel_loss', 'no_reduction', 'NotPerPixel', 'per_pixel_loss', 'check_ignored',
-           'check_per_pixel', 'masked_target', 'other_loss', 'segmentation_loss', 'mean_prob', 'suppression_loss',
-           'strip_weights', 'drop_path_losses', 'total_loss', 'StepPaths', 'choose_paths', 'dropclass_loss']
+           'labelled_pixels', 'pixel_count', 'pixel_loss', 'no_reduction', 'per_pixel_loss', 'check_per_pixel',
+           'masked_target', 'other_loss', 'segmentation_loss', 'mean_prob', 'suppression_loss', 'strip_weights',
+           'drop_path_losses', 'check_alpha', 'total_loss', 'StepPaths', 'choose_paths', 'dropclass_loss']
 
 # %% ../nbs/12_losses.ipynb #8911a4f7
 import copy
@@ -19,7 +19,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from .core import VOID, check_choice, check_class, check_unit
+from .core import VOID, check_choice, check_class, check_unit, whole_labels
 from .features import dropped_class as find_dropped_class
 
 # %% ../nbs/12_losses.ipynb #173ed454
@@ -38,10 +38,7 @@ def loss_input(
     if not isinstance(logits, Tensor): raise TypeError(f"The model returned {type(logits).__name__}, a loss takes the "
         "tensor of logits: `logits['out']` or `logits.logits` say, or wrap the model in "
         "`dropclass.models.OutputAdapter` before the head is added")
-    logits,target = plain_tensor(logits),plain_tensor(target)
-    if target.is_floating_point():
-        raise TypeError(f"`target` must hold class labels (integers), got {target.dtype}: "
-            "convert with `.long()`, or take the argmax of probabilities")
+    logits,target = plain_tensor(logits),whole_labels(target)
     want = (logits.shape[0], *logits.shape[2:])
     if target.shape!=want:
         channel = target.shape==(want[0], 1, *want[1:])
@@ -49,7 +46,7 @@ def loss_input(
                   "resize the logits to the size of the labels, as `dropclass.models.OutputAdapter` does")
         raise ValueError(f"`target` must have shape {tuple(want)} to fit logits {tuple(logits.shape)}, got "
             f"{tuple(target.shape)}: {remedy}")
-    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, target.long()
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits, target
 
 # %% ../nbs/12_losses.ipynb #4c49ff21
 def get_ignore_index(
@@ -114,6 +111,16 @@ def cross_entropy_options(
     return settings
 
 # %% ../nbs/12_losses.ipynb #c1eb7faa
+def labelled_pixels(
+    target:Tensor, # Labels (N,h,w), int64
+    weight:Tensor|None=None, # Weight of each class (C,); None counts every pixel once
+    ignore_index:int=VOID, # Label of pixels that do not count
+) -> Tensor: # Scalar; 0 where nothing counts
+    "Count the pixels that count, by weight."
+    valid = target!=ignore_index
+    if weight is None: return valid.sum()
+    return weight.to(target.device)[target.masked_fill(~valid, 0)].mul(valid).sum()
+
 def pixel_count(
     target:Tensor, # Labels (N,h,w), int64
     weight:Tensor|None=None, # Weight of each class (C,); None counts every pixel once
@@ -123,8 +130,7 @@ def pixel_count(
     "Count what the sum over pixels is divided by."
     if check_choice(normalize, ('valid', 'all'), 'normalize')=='all':
         return torch.tensor(float(target.numel()), device=target.device)
-    valid = target!=ignore_index
-    count = valid.sum() if weight is None else weight.to(target.device)[target.masked_fill(~valid, 0)].mul(valid).sum()
+    count = labelled_pixels(target, weight, ignore_index)
     return torch.where(count>0, count, torch.ones_like(count))
 
 # %% ../nbs/12_losses.ipynb #09f2ceaf
@@ -157,8 +163,6 @@ def no_reduction(
         if old is not None: loss_func.reduction = old
 
 # %% ../nbs/12_losses.ipynb #aeb33b9d
-class NotPerPixel(ValueError): "The loss gives other numbers than one per pixel."
-
 def per_pixel_loss(
     logits:Tensor, # Logits (N,C,h,w)
     target:Tensor, # Labels (N,h,w)
@@ -173,39 +177,9 @@ def per_pixel_loss(
     with no_reduction(base_loss): losses = plain_tensor(base_loss(pixels, labels, **kwargs))
     if losses.numel()==labels.numel(): return losses.flatten()
     name = getattr(base_loss, '__name__', type(base_loss).__name__)
-    raise NotPerPixel(f"{name} must give one value per pixel with reduction='none' to leave pixels out, got "
+    raise ValueError(f"{name} must give one value per pixel with reduction='none' to leave pixels out, got "
         f"{losses.numel()} values for {labels.numel()} pixels: give the loss an `ignore_index`, or a `reduction` that "
         "can be 'none'")
-
-# %% ../nbs/12_losses.ipynb #ca62b36a
-def _check_mean(loss_func, value):
-    "Refuse a loss that gives several numbers."
-    if value.numel()==1: return
-    name = getattr(loss_func, '__name__', type(loss_func).__name__)
-    raise ValueError(f"{name} gives {value.numel()} values where training needs one: build it with reduction='mean'")
-
-def check_ignored(
-    loss_func, # A loss with an `ignore_index`
-    num_classes:int, # Number of classes, C
-):
-    "Refuse a loss that counts the label it says it ignores."
-    if cross_entropy_options(loss_func) is not None or not isinstance(loss_func, nn.Module): return
-    void,name = get_ignore_index(loss_func),type(loss_func).__name__
-    labels = (torch.arange(256)%num_classes).view(1, 16, 16)
-    target = labels.masked_fill(torch.arange(256).view(1, 16, 16)%5==0, void)
-    logits = torch.randn(1, num_classes, 16, 16, generator=torch.Generator().manual_seed(0))
-    other = torch.where((target==void)[:,None], -logits, logits)
-    try:
-        loss = copy.deepcopy(loss_func).cpu()
-        with torch.no_grad(): loss(logits, labels)
-    except Exception: return # Not for its void: the first step says why
-    try: was,now = (plain_tensor(loss(o, target)) for o in (logits, other))
-    except Exception as e: raise ValueError(f"{name} says `ignore_index={void}`, but fails on labels of {void} ({e}): "
-                                            "leave those pixels out in the loss") from e
-    _check_mean(loss_func, was)
-    if not torch.allclose(was, now, rtol=1e-4, equal_nan=True):
-        raise ValueError(f"{name} says `ignore_index={void}`, but its value depends on the pixels of label {void}: "
-                         "leave those pixels out in the loss")
 
 # %% ../nbs/12_losses.ipynb #c0a1b001
 def check_per_pixel(
@@ -213,19 +187,27 @@ def check_per_pixel(
     num_classes:int, # Number of classes, C
     device=None, # Where the loss keeps its tensors
 ):
-    "Refuse a loss that could not leave out the pixels of a class."
-    if get_ignore_index(loss_func) is not None: return check_ignored(loss_func, num_classes)
-    pixels = 2*num_classes+1
-    logits = torch.zeros(1, num_classes, 1, pixels, device=device)
-    target = torch.zeros(1, 1, pixels, device=device).long()
-    try: per_pixel_loss(logits, target, target==0, loss_func)
-    except NotPerPixel: raise # It says all
+    "Try a loss, and refuse one that cannot leave out the pixels of a class."
+    if cross_entropy_options(loss_func) is not None: return
+    void,name = get_ignore_index(loss_func),getattr(loss_func, '__name__', type(loss_func).__name__)
+    labels,out = torch.arange(256, device=device).view(1, 16, 16)%num_classes,torch.arange(256, device=device)%5==0
+    out = out.view(1, 16, 16)
+    logits = torch.randn(1, num_classes, 16, 16, generator=torch.Generator().manual_seed(0)).to(labels.device)
+    try:
+        loss = copy.deepcopy(loss_func) # It may count its calls
+        def masked(x):
+            if void is None: return per_pixel_loss(x, labels, ~out, loss)
+            return plain_tensor(loss(x, labels.masked_fill(out, void)))
+        with torch.no_grad(): whole,was,now = loss(logits, labels),masked(logits),masked(logits.where(~out[:,None], -logits))
     except Exception as e:
-        name = getattr(loss_func, '__name__', type(loss_func).__name__)
-        raise ValueError(f"{name} has no `ignore_index`, so it was tried on logits (1,{num_classes},1,{pixels}) and "
-            f"labels (1,1,{pixels}), one value per pixel, and failed ({e}): give a loss of logits (N,C,H,W) and labels "
-            "(N,H,W)") from e
-    _check_mean(loss_func, loss_func(logits, target))
+        left_out = "some pixels left out, one value for each other" if void is None else f"some of them {void}"
+        raise ValueError(f"{name} was tried on logits (1,{num_classes},16,16) and labels (1,16,16), {left_out}, and "
+                         f"failed ({e}): give a loss of logits (N,C,H,W) and labels (N,H,W)") from e
+    if whole.numel()!=1: raise ValueError(f"{name} gives {whole.numel()} values where training needs one: build it "
+                                          "with reduction='mean'")
+    if not torch.allclose(was, now, rtol=1e-4, equal_nan=True):
+        raise ValueError(f"{name} says `ignore_index={void}`, but its value depends on the pixels of label {void}: "
+                         "leave those pixels out in the loss")
 
 # %% ../nbs/12_losses.ipynb #9c2b9489
 def masked_target(
@@ -328,6 +310,13 @@ def drop_path_losses(
     return pixel_loss(log_probs, target, options, normalize), mean_prob(log_probs, z)
 
 # %% ../nbs/12_losses.ipynb #1fccd09b
+def check_alpha(
+    alpha:float, # Weight of the suppression term
+) -> float: # The same number as a float
+    "Refuse a weight below 0."
+    if alpha>=0: return float(alpha)
+    raise ValueError(f"`alpha` must be at least 0, got {alpha}: 10 is the paper's, 0 turns the suppression off")
+
 def total_loss(
     plain:Tensor|None, # Loss of the plain path, Eq. (5), scalar; None if `lam` is 1
     masked:Tensor|None, # Masked loss of the drop path, Eq. (6), scalar; None if `lam` is 0
@@ -336,13 +325,11 @@ def total_loss(
     alpha:float=1., # Weight of the suppression term, at least 0; the paper's is 10
 ) -> Tensor: # Scalar to minimise
     "Blend the three terms, Eq. (7) and (9); a term of weight 0 may be missing."
-    lam = check_unit(lam, 'lam')
-    if not alpha>=0: raise ValueError(f"`alpha` must be at least 0, got {alpha}: "
-        "10 is the paper's, 0 turns the suppression off")
+    lam,alpha = check_unit(lam, 'lam'),check_alpha(alpha)
     terms = (('plain', 1-lam, plain), ('masked', lam, masked), ('suppression', alpha, suppression))
     missing = [name for name,weight,o in terms if o is None and weight]
     if missing: raise ValueError(f"`{missing[0]}` is None, but its weight is not 0 at lam={lam}, alpha={alpha}: "
-        "compute it, or change the weights")
+        "let its path run, or change the weights")
     return sum(weight*o for _,weight,o in terms if o is not None)
 
 # %% ../nbs/12_losses.ipynb #2ae84569
@@ -376,11 +363,8 @@ def dropclass_loss(
 ) -> Tensor: # Scalar to minimise
     "Compute the total loss of a training step."
     plain,drop = None,(None, None)
-    needed = choose_paths(lam, find_dropped_class(keep_mask), alpha).path
-    for name,given in (('plain', logits), ('drop', drop_logits)):
-        if given is None and needed in (name, 'both'): raise ValueError(f"The {name} path has a weight at lam={lam}, "
-            f"alpha={alpha}, so its logits cannot be None: let it run, or change the weights")
+    if find_dropped_class(keep_mask) is None: alpha = 0.
     if logits is not None: plain = segmentation_loss(logits, target, base_loss, normalize=normalize)
     if drop_logits is not None:
         drop = drop_path_losses(drop_logits, target, keep_mask, base_loss, normalize, masked_weights)
-    return total_loss(plain, *drop, lam=lam, alpha=0. if drop_logits is None else alpha)
+    return total_loss(plain, *drop, lam=lam, alpha=alpha)

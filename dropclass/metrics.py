@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['IMAGE_KEYS', 'LABEL_KEYS', 'largest_channel', 'predicted_labels', 'confusion_matrix', 'class_iou', 'mean_iou',
-           'pixel_accuracy', 'rare_classes', 'confused_weights', 'own_rows', 'batch_parts', 'evaluate',
-           'per_class_table', 'ConfusionCounts', 'CountsMetric', 'segmentation_metrics']
+           'pixel_accuracy', 'rare_classes', 'confused_weights', 'near_edges', 'boundary_counts', 'boundary_iou',
+           'own_rows', 'batch_parts', 'evaluate', 'per_class_table', 'ConfusionCounts', 'CountsMetric',
+           'segmentation_metrics']
 
 # %% ../nbs/50_metrics.ipynb #40e4bcc7
+import math
 from collections.abc import Mapping
 from functools import partial
 
 import pandas as pd
 import torch
 from torch import nn, Tensor
+from torch.nn import functional as F
 from fastai.learner import Metric
 from .core import check_network, check_num_classes, check_target, ClassSpec, eval_mode, VOID, whole_labels
 from .fused import resized_max
@@ -123,6 +126,51 @@ def confused_weights(
     shares.fill_diagonal_(0)
     weights = shares.sum(0)+shares.sum(1)
     return weights/weights.sum() if weights.any() else torch.full_like(weights, 1/len(weights))
+
+# %% ../nbs/50_metrics.ipynb #b0a2d002
+def _window(x, k, pick, dim):
+    "What `pick` keeps of each k neighbours along an axis."
+    width = 1
+    while 2*width<=k:
+        n = x.shape[dim]-width
+        x,width = pick(x.narrow(dim, 0, n), x.narrow(dim, width, n)),2*width
+    n = x.shape[dim]-(k-width)
+    return pick(x.narrow(dim, 0, n), x.narrow(dim, k-width, n))
+
+def near_edges(
+    labels:Tensor, # Labels (N,H,W)
+    d:int, # Width of the bands in pixels
+) -> Tensor: # Which pixels lie within d of another label, or of the end of the image (N,H,W)
+    "Mark the bands along the edges of all classes."
+    low = high = F.pad(labels.to(torch.int16), [d]*2*(labels.dim()-1), value=-1)
+    for dim in range(1, labels.dim()):
+        low,high = (_window(o, 2*d+1, pick, dim) for o,pick in ((low,torch.minimum),(high,torch.maximum)))
+    return low!=high
+
+# %% ../nbs/50_metrics.ipynb #b0a2d005
+def boundary_counts(
+    pred:Tensor, # Logits (N,C,H,W), or labels (N,H,W) of an integer type
+    target:Tensor, # Labels (N,H,W)
+    num_classes:int, # Number of classes, C
+    ignore_index:int=VOID, # The void label
+    share:float=.02, # Width of the bands, as a share of the image's diagonal
+) -> Tensor: # Pixels (3,C), int64: in both bands of a class, in that of the labels, in that of the prediction
+    "Count the pixels in the bands along edges."
+    target = whole_labels(target)
+    valid = target!=ignore_index
+    pred = predicted_labels(pred.detach(), target, num_classes).where(valid, ignore_index)
+    d = max(1, round(share*math.hypot(*target.shape[1:])))
+    true,said = (near_edges(o, d)&valid for o in (target, pred))
+    parts = (target, true&said&(pred==target)),(target, true),(pred, said)
+    return torch.stack([torch.bincount(labels[band], minlength=num_classes) for labels,band in parts])
+
+def boundary_iou(
+    counts:Tensor, # Pixels (3,C), as `boundary_counts` gives them; of several images, their sum
+) -> Tensor: # Boundary IoU (C,), float64 in [0,1]; nan for a class that occurs nowhere
+    "Intersection over union of each class, along its edges only."
+    both,true,said = counts.double()
+    union = true+said-both
+    return torch.where(union>0, both/union.clamp(min=1), torch.nan)
 
 # %% ../nbs/50_metrics.ipynb #27f42c0e
 def own_rows(

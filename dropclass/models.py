@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['pick_logits', 'resize_logits', 'OutputAdapter', 'MergeHead', 'pad_to_multiple', 'BranchSegmenter', 'read_weights',
-           'repeat_channels', 'adapt_input', 'input_channels', 'load_backbone', 'fetch', 'import_timm', 'from_hub',
-           'TimmEncoder', 'timm_segmenter', 'hrnet_v1_w18', 'hrnet_v2_w18', 'deeplabv3_mobilenetv3', 'unet_bodies',
-           'unet_segmenter', 'conv_block', 'SmallSegNet', 'single_values', 'model_names', 'create_model']
+           'repeat_channels', 'adapt_input', 'input_channels', 'load_backbone', 'fetch', 'from_hub', 'TimmEncoder',
+           'timm_segmenter', 'hrnet_v1_w18', 'hrnet_v2_w18', 'deeplabv3_mobilenetv3', 'unet_bodies', 'unet_segmenter',
+           'conv_block', 'SmallSegNet', 'single_values', 'model_names', 'create_model']
 
 # %% ../nbs/23_models.ipynb #027eca40
 import socket
 import urllib.error, urllib.request
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from difflib import get_close_matches
 from pathlib import Path
 
 import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from fastcore.meta import delegates
 from .core import check_choice, check_num_classes, eval_mode
 
 # %% ../nbs/23_models.ipynb #84a15897
@@ -65,17 +68,16 @@ class OutputAdapter(nn.Module):
         model:nn.Module, # Any segmentation network; stays reachable as `.model`
         # Where its output holds the logits; None looks for `out`, then `logits`, then takes the first entry
         key:str|int|None=None,
-        size_from_input:bool=True, # Resize the logits to the size of the input?
     ):
         super().__init__()
-        self.model,self.key,self.size_from_input,self.aux = model,key,size_from_input,{}
+        self.model,self.key,self.aux = model,key,{}
 
     def forward(self,
         x:Tensor, # Images (N,channels,H,W)
     ) -> Tensor: # Logits (N,C,H,W)
         logits,aux = pick_logits(self.model(_without_fastai(x)), self.key)
         self.aux = aux if self.training else {}
-        return resize_logits(logits, x.shape[2:]) if self.size_from_input else logits
+        return resize_logits(logits, x.shape[2:])
 
     def __getattr__(self, name):
         try: return super().__getattr__(name)
@@ -244,15 +246,6 @@ def fetch(
             "`weights_file`") from err
     finally: socket.setdefaulttimeout(before)
 
-# %% ../nbs/23_models.ipynb #0a4a27b4
-def import_timm():
-    "Import timm, or say how to get it."
-    try: import timm
-    except ImportError as err:
-        raise ImportError("This network takes its encoder from timm: run `pip install timm`, or choose 'small' or "
-                          "'deeplabv3_mobilenetv3'") from err
-    return timm
-
 # %% ../nbs/23_models.ipynb #7893f359
 def from_hub(
     build, # A function without arguments that builds something and may download from the hub for it
@@ -279,7 +272,10 @@ class TimmEncoder(nn.Module):
     ):
         super().__init__()
         self.name = name
-        timm = import_timm()
+        try: import timm
+        except ImportError as err:
+            raise ImportError("This network takes its encoder from timm: run `pip install timm`, or choose 'small' or "
+                              "'deeplabv3_mobilenetv3'") from err
         if not timm.is_model(name):
             near = ', '.join(map(repr, get_close_matches(name, timm.list_models())))
             raise ValueError(f"timm has no encoder {name!r}{f': did you mean {near}?' if near else ';'} "
@@ -328,23 +324,21 @@ def _given_weights(pretrained, weights_file):
     return read_weights(weights_file)
 
 # %% ../nbs/23_models.ipynb #49cbe970
+@delegates(timm_segmenter, but=['channels'], keep=True)
 def hrnet_v1_w18(
     num_classes:int, # Number of classes, C
-    pretrained:bool=False, # Fetch ImageNet weights for the encoder?
-    weights_file:str|Path|None=None, # Or take them from this file: .safetensors, .pth
-    in_chans:int=3, # Channels of the images
+    **kwargs
 ) -> BranchSegmenter: # The network
     "Build the paper's HRNetV1-W18."
-    return timm_segmenter('hrnet_w18_small', num_classes, pretrained, weights_file, channels=None, in_chans=in_chans)
+    return timm_segmenter('hrnet_w18_small', num_classes, channels=None, **kwargs)
 
+@delegates(timm_segmenter, but=['channels'], keep=True)
 def hrnet_v2_w18(
     num_classes:int, # Number of classes, C
-    pretrained:bool=False, # Fetch ImageNet weights for the encoder?
-    weights_file:str|Path|None=None, # Or take them from this file: .safetensors, .pth
-    in_chans:int=3, # Channels of the images
+    **kwargs
 ) -> BranchSegmenter: # The network
     "Build the paper's HRNetV2-W18."
-    return timm_segmenter('hrnet_w18_small_v2', num_classes, pretrained, weights_file, channels=None, in_chans=in_chans)
+    return timm_segmenter('hrnet_w18_small_v2', num_classes, channels=None, **kwargs)
 
 # %% ../nbs/23_models.ipynb #3d814805
 def deeplabv3_mobilenetv3(
@@ -453,14 +447,12 @@ def single_values(
     images:Tensor, # The batch to try, (N,channels,H,W)
 ) -> list: # Names of the BatchNorms that would see one value per channel
     "Find the norms that cannot train on such a batch."
-    found,hooks = [],[]
+    found = []
     def look(name): return lambda m, args: found.append(name) if args[0].numel()==args[0].shape[1] else None
-    for name,m in model.named_modules():
-        if isinstance(m, nn.modules.batchnorm._BatchNorm): hooks.append(m.register_forward_pre_hook(look(name)))
-    try:
-        with torch.no_grad(), eval_mode(model): model(images)
-    finally:
-        for o in hooks: o.remove()
+    with ExitStack() as hooks, torch.no_grad(), eval_mode(model):
+        for name,m in model.named_modules():
+            if isinstance(m, _BatchNorm): hooks.enter_context(m.register_forward_pre_hook(look(name)))
+        model(images)
     return found
 
 # %% ../nbs/23_models.ipynb #63987586
@@ -486,7 +478,7 @@ def create_model(
     if rest and kind in _open_ended:
         return _open_ended[kind](rest, num_classes, pretrained, weights_file, in_chans=in_chans)
     build = _models[check_choice(name, [*model_names(), *(f'{o}:NAME' for o in _open_ended)], 'name')]
-    if build is not SmallSegNet: return build(num_classes, pretrained, weights_file, in_chans)
+    if build is not SmallSegNet: return build(num_classes, pretrained=pretrained, weights_file=weights_file, in_chans=in_chans)
     if pretrained or weights_file is not None: raise ValueError(
         "The network 'small' has no encoder to fill with trained weights: leave out `pretrained` and `weights_file`")
     return SmallSegNet(num_classes, in_chans=in_chans)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
-from fastcore.basics import nested_attr, patch
+from fastcore.basics import listify, patch
 from fastcore.meta import delegates
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import CastToTensor
 from .core import VOID, check_choice, check_unit, step_generator
+from .learner import class_count, class_labels, class_names
 from .losses import get_ignore_index, plain_tensor
 from .ranks import num_ranks
 from .schedules import as_schedule, global_step, hold_ramp, schedule_value
@@ -169,20 +170,17 @@ def _check_batch(images, labels):
                          f"{tuple(labels.shape)}: resize one of them")
     return images,labels
 
-def _check_range(name, value, low, high, count=1):
-    "Refuse an option that is not `count` numbers within limits."
-    numbers = [value] if count==1 else value if isinstance(value, (tuple,list)) else []
-    if len(numbers)!=count or not all(isinstance(o, Real) and low<=o<=high for o in numbers):
+# How many numbers an option is, and between which limits
+_LIMITS = dict(shift=(2, 0, 1), flip=(1, 0, 1), scale=(2, .1, 10), max_share=(1, 0, 1), feather=(1, 0, 64))
+
+def _check_limits(**options):
+    "Refuse an option that is not so many numbers within its limits."
+    for name,value in options.items():
+        count,low,high = _LIMITS[name]
+        numbers = [value] if count==1 else value if isinstance(value, (tuple,list)) else []
+        if len(numbers)==count and all(isinstance(o, Real) and low<=o<=high for o in numbers): continue
         kind = 'a number' if count==1 else 'two numbers'
         raise ValueError(f"`{name}` must be {kind} in [{low:g},{high:g}], got {value!r}")
-
-def _check_moves(shift, flip, scale, max_share, feather):
-    "Refuse moves that make no sense."
-    _check_range('shift', shift, 0, 1, 2)
-    _check_range('flip', flip, 0, 1)
-    _check_range('scale', scale, .1, 10, 2)
-    _check_range('max_share', max_share, 0, 1)
-    _check_range('feather', feather, 0, 64)
 
 # %% ../nbs/31_paste.ipynb #a1f0c091
 def cut_pieces(
@@ -202,14 +200,6 @@ def cut_pieces(
     return keep_component(masks, draws.unit[:,4], smallest, largest) if components else masks, classes
 
 # %% ../nbs/31_paste.ipynb #a1f0c093
-def _inside(rows, cols, size):
-    "Which new pixels (M,H,W) come from inside the source."
-    return ((rows>=0)&(rows<size[0]))[:,:,None]&((cols>=0)&(cols<size[1]))[:,None]
-
-def _has_class(labels, num_classes, ignore_index):
-    "Which pixels are not void."
-    return (labels!=ignore_index)&(labels>=0)&(labels<num_classes)
-
 def _put_pieces(images, labels, at, pixels, new_labels, masks):
     "Put pixels (M,c,H,W) and labels into the images `at`, where the masks (M,H,W) say; give a new batch."
     old_images,old_labels = images[at],labels[at]
@@ -236,7 +226,7 @@ def paste_classes(
 ) -> tuple: # Images (N,c,H,W) and labels (N,H,W); new ones if anything changes
     "Paste one class of another image of the batch into each image, with its labels."
     images,labels = _check_batch(images, labels)
-    _check_moves(shift, flip, scale, max_share, feather)
+    _check_limits(shift=shift, flip=flip, scale=scale, max_share=max_share, feather=feather)
     draws,size = draw_numbers(len(images), len(weights), p, generator),labels.shape[1:]
     if len(images)<2 or not len(draws.at): return images,labels
     at,donor,_,unit = draws = draws.to(images.device)
@@ -246,7 +236,8 @@ def paste_classes(
     rows = source_coords(find_middles(masks, 1), size[0], shift[0], unit[:,0], zoom)
     cols = source_coords(find_middles(masks, 2), size[1], shift[1], unit[:,1], zoom.where(unit[:,2]>=flip, -zoom))
     pixels,masks = move_pixels(images[donor], rows, cols),move_pixels(masks, rows, cols)
-    masks &= _inside(rows, cols, size)&_has_class(labels[at], len(weights), ignore_index)
+    masks &= ((rows>=0)&(rows<size[0]))[:,:,None]&((cols>=0)&(cols<size[1]))[:,None] # From inside the other image
+    masks &= (labels[at]!=ignore_index)&(labels[at]>=0)&(labels[at]<len(weights)) # Void stays void
     if feather: pixels = feather_edges(pixels, images[at], masks, feather)
     return _put_pieces(images, labels, at, pixels, classes[:,None,None], masks)
 
@@ -265,7 +256,7 @@ class ClassPasteCallback(Callback):
         **kwargs
     ):
         self.p,self.power,self.pixel_counts,self.seed,self.options = as_schedule(p, 'p'),power,pixel_counts,seed,kwargs
-        self.never = (never,) if isinstance(never, (str,int)) else tuple(never)
+        self.never = listify(never)
         x,y,w = torch.zeros(2, 3, 4, 4),torch.zeros(2, 4, 4).long(),torch.ones(2)
         self.change(x, y, w, torch.Generator(), p=1., **kwargs) # A wrong option fails here
 
@@ -273,17 +264,12 @@ class ClassPasteCallback(Callback):
 @patch
 def find_weights(self:ClassPasteCallback) -> Tensor: # How often each class is drawn (C,)
     "Weigh the classes of the training set."
-    vocab = getattr(self.dls, 'vocab', None)
-    if vocab is None: vocab = nested_attr(self.dls, 'train.after_item.vocab', ()) # Where fastai's DataLoaders have it
-    names,counts = [str(o) for o in vocab],self.pixel_counts
+    C,counts = class_count(self.dls),self.pixel_counts
     if counts is None:
-        C = len(names) or getattr(self.dls, 'c', None)
-        if not C: raise ValueError("The DataLoaders do not say how many classes there are: pass `pixel_counts`")
+        if C is None: raise ValueError("The DataLoaders do not say how many classes there are: pass `pixel_counts`")
         counts = class_counts(self.dls.train.dataset, C)
-    unknown = [o for o in self.never if isinstance(o, str) and o not in names]
-    if unknown: raise ValueError(f"`never` names {unknown[0]!r}, which is no class; the classes are "
-                                 f"{', '.join(names) or 'not named, so give labels'}")
-    return rarity_weights(counts, self.power, [names.index(o) if isinstance(o, str) else o for o in self.never])
+    names = class_names(self.dls, len(counts))
+    return rarity_weights(counts, self.power, class_labels(self.never, names, 'never'))
 
 # %% ../nbs/31_paste.ipynb #a1f0c143
 @patch
@@ -346,7 +332,7 @@ def erase_classes(
     "Paint over one class of each image."
     images,labels = _check_batch(images, labels)
     check_choice(fill, ERASE_FILLS, 'fill')
-    _check_range('max_share', max_share, 0, 1)
+    _check_limits(max_share=max_share)
     draws = draw_numbers(len(images), len(weights), p, generator)
     if not len(draws.at) or fill=='image' and len(images)<2: return images,labels
     at,donor,_,_ = draws = draws.to(images.device)

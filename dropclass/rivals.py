@@ -9,6 +9,7 @@ __all__ = ['CAMVID_NAMES', 'CAMVID_SEGNET_WEIGHTS', 'CITYSCAPES_TRAIN_CLASSES', 
 
 # %% ../nbs/33_rivals.ipynb #c786c2d5
 import math
+from functools import partial
 
 import torch
 from torch import nn, Tensor
@@ -19,7 +20,7 @@ from .core import VOID, ClassSpec, check_choice, step_generator
 from .features import dropped_class, sample_keep_mask
 from .losses import (cross_entropy_options, get_ignore_index, loss_input, masked_target, pixel_loss,
                               plain_tensor, strip_weights)
-from .prior import check_counts, class_offsets
+from .prior import check_amounts, class_offsets
 from .ranks import pixel_shares
 from .schedules import Ramp, as_schedule, global_step, schedule_value
 
@@ -134,7 +135,7 @@ class VariedLogitsLoss(nn.Module):
         super().__init__()
         if not 0<=sigma<math.inf: raise ValueError(f"`sigma` must be a finite number of at least 0, got {sigma}")
         self.sigma,self.ignore_index = sigma,ignore_index
-        counts = check_counts(pixel_counts).clamp(min=1)
+        counts = check_amounts(pixel_counts).clamp(min=1)
         rarity = (counts.sum()/counts).log()
         self.register_buffer('rarity', (rarity/rarity.max()).float()) # 1 for the rarest class
 
@@ -174,8 +175,10 @@ def _smp_loss(name, ignore_index, weight=None, **options):
     return getattr(losses, name)('multiclass', ignore_index=ignore_index, **options)
 
 # %% ../nbs/33_rivals.ipynb #0500fb2b
-# `Config.loss`; 'ce' is PyTorch's cross-entropy
-LOSSES = ('ce','focal','dice_ce','lovasz','ohem','logit_adjusted','blv')
+_KINDS = dict(focal=(partial(_smp_loss, 'FocalLoss'), ('gamma','alpha')), dice_ce=(DiceCELoss, ('dice_weight',)),
+              lovasz=(partial(_smp_loss, 'LovaszLoss'), ('per_image',)), ohem=(OhemLoss, ('thresh','min_kept')),
+              logit_adjusted=(LogitAdjustedLoss, ('tau',)), blv=(VariedLogitsLoss, ('sigma',)))
+LOSSES = ('ce', *_KINDS) # `Config.loss`; 'ce' is PyTorch's cross-entropy
 COUNTED_LOSSES = ('logit_adjusted','blv') # Those that need the classes' pixel counts
 
 def _check_loss_option(name, value):
@@ -192,21 +195,14 @@ def region_loss(
                # (ohem), `tau` (logit_adjusted), `sigma` (blv)
 ) -> SegmentationLoss: # Callable of logits (N,C,h,w) and labels (N,h,w)
     "Build one of the losses that are not plain cross-entropy."
-    check_choice(name, LOSSES[1:], 'loss')
-    if name in ('lovasz',*COUNTED_LOSSES) and weight is not None:
-        raise ValueError(f"`loss={name!r}` has no class weights, it balances the classes by itself: use weights='none'")
-    allowed = dict(focal=('gamma','alpha'), dice_ce=('dice_weight',), lovasz=('per_image',), ohem=('thresh','min_kept'),
-                   logit_adjusted=('tau',), blv=('sigma',))[name]
+    kind,allowed = _KINDS[check_choice(name, _KINDS, 'loss')]
     for o,v in options.items(): _check_loss_option(check_choice(o, allowed, f'option of the loss {name!r}'), v)
-    if name in COUNTED_LOSSES:
-        if pixel_counts is None: raise ValueError(f"`loss={name!r}` needs `pixel_counts`: count the training masks")
-        kind = dict(logit_adjusted=LogitAdjustedLoss, blv=VariedLogitsLoss)[name]
-        return SegmentationLoss(kind(pixel_counts, ignore_index=ignore_index, **options), ignore_index)
-    shared = dict(weight=weight, ignore_index=ignore_index)
-    if name=='ohem': inner = OhemLoss(**shared, **options)
-    elif name=='dice_ce': inner = DiceCELoss(**shared, **options)
-    else: inner = _smp_loss({'focal':'FocalLoss', 'lovasz':'LovaszLoss'}[name], **shared, **options)
-    return SegmentationLoss(inner, ignore_index)
+    given = dict(pixel_counts=pixel_counts) if name in COUNTED_LOSSES else dict(weight=weight)
+    if weight is not None and name in ('lovasz',*COUNTED_LOSSES):
+        raise ValueError(f"`loss={name!r}` has no class weights, it balances the classes by itself: use weights='none'")
+    if name in COUNTED_LOSSES and pixel_counts is None:
+        raise ValueError(f"`loss={name!r}` needs `pixel_counts`: count the training masks")
+    return SegmentationLoss(kind(ignore_index=ignore_index, **given, **options), ignore_index)
 
 # %% ../nbs/33_rivals.ipynb #7be9130f
 def check_loss_fits(

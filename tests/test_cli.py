@@ -1,4 +1,5 @@
 "The commands as a user meets them: processes, exit codes, signals."
+import io
 import json
 import os
 import runpy
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -38,20 +40,22 @@ def scripts(tmp_path_factory):
 def start(scripts):
     "Start a command in a process of its own."
     def _start(name, *args, **kwargs):
-        return subprocess.Popen([sys.executable, str(scripts/f'dropclass-{name}.py'), *map(str, args)], env=ENV,
-                                text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, **kwargs)
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        command = [sys.executable, str(scripts/f'dropclass-{name}.py'), *map(str, args)]
+        return subprocess.Popen(command, env=ENV, text=True, **pipes, **kwargs)
     return _start
 
 
-@pytest.fixture
-def command(scripts, monkeypatch, capsys):
-    "Run a command as a script in this process: (exit code, stdout, stderr)."
+@pytest.fixture(scope='module')
+def command(scripts):
+    "Run a command as a script in this process, which has fastai already: (exit code, stdout, stderr)."
     def _run(name, *args):
-        monkeypatch.setattr(sys, 'argv', [f'dropclass-{name}', *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as e: runpy.run_path(str(scripts/f'dropclass-{name}.py'), run_name='__main__')
-        return (e.value.code or 0, *capsys.readouterr())
+        out,err = io.StringIO(),io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.setattr(sys, 'argv', [f'dropclass-{name}', *map(str, args)])
+            with pytest.raises(SystemExit) as e:
+                runpy.run_path(str(scripts/f'dropclass-{name}.py'), run_name='__main__')
+        return e.value.code or 0, out.getvalue(), err.getvalue()
     return _run
 
 
@@ -62,12 +66,11 @@ def finish(process, timeout=600):
 
 
 @pytest.fixture(scope='module')
-def runs(start, tmp_path_factory):
-    "Two finished runs, trained side by side by the command."
+def runs(start, command, tmp_path_factory):
+    "Two finished runs, one trained by a process, one in this one."
     folder = tmp_path_factory.mktemp('runs')
-    jobs = {o: start('train', 'scenes', '--method', o, '--epochs', '2', '--out', folder/o, *TINY)
-            for o in ('plain', 'dropclass')}
-    results = {k: finish(p) for k,p in jobs.items()}
+    options = lambda o: ['scenes', '--method', o, '--epochs', '2', '--out', folder/o, *TINY]
+    results = dict(plain=finish(start('train', *options('plain'))), dropclass=command('train', *options('dropclass')))
     for code,_,err in results.values(): assert code==0, err
     return folder, {k: out for k,(_,out,_) in results.items()}
 
@@ -81,12 +84,6 @@ def test_help_is_quick_and_complete(start, name):
     assert end.children_user-begin.children_user<1.5 # Seconds of computing: fastai alone takes several
     options = [o.split()[0] for o in out.splitlines() if o.startswith('  --')]
     assert len(options)>=3 and '--debug' in options
-
-
-def test_console_scripts_are_declared():
-    text = (Path(__file__).parents[1]/'settings.ini').read_text()
-    for o in COMMANDS:
-        assert f'dropclass-{o} = dropclass.run.cli:{o}' in text and callable(getattr(dropclass.run.cli, o))
 
 
 @pytest.mark.parametrize('local,said', [('0', True), ('1', False)])
@@ -104,14 +101,15 @@ def test_training_reports_epochs_and_classes(runs):
         table = lines[next(i for i,o in enumerate(lines) if o.startswith('class '))+2:]
         shares = [float(o.replace('†', '').split()[-2]) for o in table[:15]]
         assert shares==sorted(shares) and sum('†' in o for o in table[:15])==7
-        assert any(o.startswith('mIoU') for o in table) and any(o.startswith('rare mIoU')
-                                                                for o in table) and 'unbiased test set' in out
+        assert all(any(o.startswith(mean) for o in table) for mean in ('mIoU', 'rare mIoU'))
+        assert 'unbiased test set' in out
         assert str(folder/method/'examples.png') in out and Image.open(folder/method/'examples.png').size[0]>300
 
 
-def test_compare_prints_and_saves(runs, start, command, tmp_path):
+def test_compare_prints_and_saves(runs, command, tmp_path, monkeypatch):
     folder,_ = runs
-    code,out,err = finish(start('compare', 'plain', 'dropclass', '--test', 'unbiased', cwd=folder))
+    monkeypatch.chdir(folder)
+    code,out,err = command('compare', 'plain', 'dropclass', '--test', 'unbiased')
     assert code==0 and not err and 'dropclass is ' in out and max(map(len, out.split('\n\n')[1].splitlines()))<=80
     for path in ('plain', 'mean'):
         code,out,_ = command('compare', folder/'plain', folder/'dropclass', '--path-of', path, '--save',
@@ -137,7 +135,7 @@ def test_class_names_do_not_steer_the_terminal(runs, command, tmp_path):
     assert code==2 and 'no' in err and '\x1b' not in err
 
 
-def test_no_name_steers_the_terminal(start, tmp_path):
+def test_no_name_steers_the_terminal(start, command, tmp_path):
     "Names of classes and folders in the first line, in warnings, in the table and in an error."
     from dropclass.data.core import write_toy_folder
     write_toy_folder(tmp_path, 8, 3, (32,48))
@@ -149,7 +147,7 @@ def test_no_name_steers_the_terminal(start, tmp_path):
     assert r'into' in out and r'run\x1b[31m\u202e' in out.splitlines()[0] and r'\x1b[2Jnever' in out
     assert err.startswith(r'Warning: No training pixel is labelled \x1b[2Jnever') and 'warnings.warn' not in err
     assert not {'\x1b','\u202e'} & {*out, *err}
-    code,out,err = finish(start('train', *folder))
+    code,out,err = command('train', *folder)
     assert code==2 and len(err.splitlines())==1 and r'run\x1b[31m' in err and '\x1b' not in err
 
 
@@ -175,10 +173,10 @@ def test_seeds_are_taken_together(command, tmp_path):
     assert code==0 and 'plain seed=2' in out and 't-intervals' not in out
 
 
-def test_recipes_are_printed_in_full_and_can_be_changed(start, command, tmp_path):
+def test_recipes_are_printed_in_full_and_can_be_changed(command, tmp_path):
     from dataclasses import fields
     from dropclass.run.config import RECIPES, Config
-    code,out,err = finish(start('train', '--list-recipes'))
+    code,out,err = command('train', '--list-recipes')
     assert (code, err)==(0, '') and [o.split()[1] for o in out.splitlines() if o.startswith('Recipe')]==list(RECIPES)
     for o in fields(Config): assert out.count(f'\n{o.name} ')==len(RECIPES)
     assert '[512, 1024]' in out and '[0.5, 2.1]' in out and '968' in out
@@ -195,8 +193,8 @@ def test_recipes_are_printed_in_full_and_can_be_changed(start, command, tmp_path
     assert code==0 and 'Recipe' not in out
 
 
-def test_a_broken_pipe_is_no_error(runs, start):
-    job = start('compare', runs[0]/'plain', runs[0]/'dropclass')
+def test_a_broken_pipe_is_no_error(start):
+    job = start('train', '--list-recipes')
     job.stdout.close()
     _,err = job.wait(timeout=300), job.stderr.read()
     assert 'Traceback' not in err and 'Error' not in err
@@ -210,12 +208,12 @@ def test_tune_takes_a_run_and_a_grid(runs, command, tmp_path):
     assert [o['tau'] for o in found['curve']]==[-1., -.5, 0.]
 
 
-def test_predict_writes_masks_of_the_images_size(runs, start, tmp_path):
+def test_predict_writes_masks_of_the_images_size(runs, command, tmp_path):
     rng = np.random.default_rng(0)
     for i,size in enumerate([(64,40), (51,33)]):
         Image.fromarray(rng.integers(256, size=(*size[::-1],3), dtype=np.uint8)).save(tmp_path/f'{i}.jpg')
-    code,out,err = finish(start('predict', runs[0]/'dropclass', tmp_path/'0.jpg', tmp_path/'1.jpg', '--out',
-                                tmp_path/'out'))
+    images = [tmp_path/f'{i}.jpg' for i in range(2)]
+    code,out,err = command('predict', runs[0]/'dropclass', *images, '--out', tmp_path/'out')
     assert code==0, err
     assert '2 images labelled' in out
     for i,size in enumerate([(64,40), (51,33)]):
@@ -310,6 +308,23 @@ def test_errors_are_one_line_and_exit_code_2(runs, command, tmp_path, monkeypatc
         runpy.run_path(str(_script(name)), run_name='__main__')
 
 
+@pytest.mark.parametrize('name,args', [
+    ('train', ['scenes', '--out', '', *TINY]), ('train', ['scenes', '--out=', *TINY]),
+    ('train', ['folder', '--path', '', '--out', 'NEW']), ('train', ['scenes', '--recipe', '', '--out', 'NEW', *TINY]),
+    ('compare', ['RUNS/plain', '--save', '']), ('compare', ['RUNS/plain', '']),
+    ('predict', ['RUNS/plain', 'RUNS/plain/examples.png', '--out', '']),
+    ('audit', ['RUNS/plain', '--out', '']), ('audit', ['RUNS/plain', '--data', '', '--out', 'NEW']),
+    ('tune', ['--model', 'RUNS/plain/weights.safetensors', '--arch', 'small', '--data', 'scenes', '--out', '']),
+    ('demo', ['--epochs', '1', '--out', '']),
+])
+def test_an_empty_value_is_refused(runs, command, tmp_path, monkeypatch, name, args):
+    "A path would be the folder one stands in."
+    monkeypatch.chdir(tmp_path)
+    code,_,err = command(name, *[o.replace('RUNS', str(runs[0])) for o in args])
+    assert code==2 and err.startswith('Error: ') and ' is empty, as ' in err and len(err.splitlines())==1
+    assert not any(tmp_path.iterdir())
+
+
 def _script(name):
     path = Path('script.py').absolute()
     path.write_text(SCRIPT.format(name))
@@ -321,9 +336,8 @@ def test_a_diverged_run_is_an_error(command, tmp_path):
     is finished."""
     wild = ['--schedule', 'onecycle', '--lr', '1e30', '--epochs', '40']
     code,out,err = command('train', 'scenes', '--method', 'plain', *wild, '--out', tmp_path/'run', *TINY)
-    assert code==1 and err.startswith('Error: Training diverged in epoch') and 'learning rate' in err and len(
-        err.splitlines())==1, (
-        err)
+    assert code==1 and err.startswith('Error: Training diverged in epoch') and 'learning rate' in err, err
+    assert len(err.splitlines())==1
     assert not (tmp_path/'run'/'metrics.json').exists() and not (tmp_path/'run'/'weights.safetensors').exists()
     steep = ['--lr', 1000, '--epochs', 2, '--bs', 4, '--size', '32x48', '--threads', 1]
     code,_,err = command('train', 'scenes', *steep, '--data-options', 'n_train=16,n_valid=8', '--out', tmp_path/'steep')
@@ -334,26 +348,25 @@ def test_a_diverged_run_is_an_error(command, tmp_path):
 
 
 def test_no_means_no(command, tmp_path):
-    """An option that is switched off by whatever word trains what False trains, to the last digit, and True something
-    else."""
-    base = ['train', 'scenes', *TINY[:-2], '--epochs', '3', '--schedule', 'constant']
+    "An option that is switched off by a word trains what False trains, to the last digit, and True something else."
+    base = ['train', 'scenes', *TINY[:-2], '--epochs', '1']
     def loss(name, *args, data='n_train=16,n_valid=4'):
         code,_,err = command(*base, *args, '--data-options', data, '--out', tmp_path/name)
         assert code==0, err
         return (tmp_path/name/'history.csv').read_text()
     off = loss('a', '--dropclass', 'per_epoch=False')
-    assert [loss(o, '--dropclass', f'per_epoch={o}')==off for o in ('no', 'off', '0', 'yes')]==[True, True, True, False]
+    assert [loss(o, '--dropclass', f'per_epoch={o}')==off for o in ('no', 'yes')]==[True, False]
     plain = loss('b', data='n_train=16,n_valid=4,augment=False')
     assert [loss(f'{o}2', data=f'n_train=16,n_valid=4,augment={o}')==plain for o in ('no', 'on')]==[True, False]
 
 
-def test_options_of_the_data_can_be_listed(start):
+def test_options_of_the_data_can_be_listed(command):
     "Every option of the data set that has a comment, with a kind, a default and an example that is read back."
     import inspect
     from dropclass.data.folder import folder_dls
     from dropclass.data.core import make_dls
     from dropclass.run.cli import typed_options
-    code,out,err = finish(start('train', 'folder', '--list-options'))
+    code,out,err = command('train', 'folder', '--list-options')
     assert code==0, err
     data = out.split('--paste')[0]
     shown = {o.split('=')[0].strip(): o.split('=', 1)[1].split('  [')[0]
@@ -386,13 +399,13 @@ def wait_for(test, job, seconds=600):
         time.sleep(.005)
 
 
-def test_killed_and_interrupted_runs_go_on_bit_for_bit(start, tmp_path):
+def test_killed_and_interrupted_runs_go_on_bit_for_bit(start, command, tmp_path):
     """Ctrl-C in the second epoch, SIGKILL in the middle of a later one, and the same weights as the run that was left
     alone."""
     args = ['--epochs', '5', '--bs', '4', '--size', '32x48', '--threads', '1', '--data-options', 'n_train=80,n_valid=4']
-    whole = start('train', 'scenes', *args, '--out', tmp_path/'whole')
-    rows = lambda: len((tmp_path/'cut'/'history.csv').read_text().splitlines())-1 if (
-        tmp_path/'cut'/'history.csv').is_file() else 0
+    assert command('train', 'scenes', *args, '--out', tmp_path/'whole')[0]==0
+    history = tmp_path/'cut'/'history.csv'
+    rows = lambda: len(history.read_text().splitlines())-1 if history.is_file() else 0
 
     job = start('train', 'scenes', *args, '--out', tmp_path/'cut')
     wait_for(lambda: (tmp_path/'cut'/'checkpoint.pt').is_file(), job)
@@ -413,15 +426,21 @@ def test_killed_and_interrupted_runs_go_on_bit_for_bit(start, tmp_path):
     code,out,err = finish(start('train', '--resume', '--out', tmp_path/'cut'))
     assert code==0, err
     assert first<=done<5 and sum(o.startswith('epoch ') for o in out.splitlines())==5-done
-    assert finish(whole)[0]==0
     a,b = (load_file(tmp_path/o/'weights.safetensors') for o in ('whole', 'cut'))
     assert a.keys()==b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert (tmp_path/'whole'/'confusion.json').read_text()==(tmp_path/'cut'/'confusion.json').read_text()
 
 
-def test_demo_compares_in_both_worlds(start, tmp_path):
-    code,out,err = finish(start('demo', '--epochs', '2', '--n-train', '8', '--n-test', '4', '--size', '32x48', '--out',
-                                tmp_path/'demo'))
+def test_demo_compares_in_both_worlds(command, monkeypatch, tmp_path):
+    "On runs that are there; its page trains them in processes."
+    from dropclass.run.config import Config
+    from dropclass.run.demo import demo_configs
+    from dropclass.run.experiment import train_run
+    for name,config in demo_configs(epochs=2, n_train=8, n_test=4, size=(32,48), seed=0).items():
+        train_run(Config(**config), tmp_path/'demo'/name, progress=False, write=lambda o: None)
+    monkeypatch.setattr('dropclass.run.demo._start', lambda *args: pytest.fail('finished runs are trained again'))
+    code,out,err = command('demo', '--epochs', 2, '--n-train', 8, '--n-test', 4, '--size', '32x48', '--out',
+                           tmp_path/'demo')
     assert code==0, err
     assert 'In the biased world' in out and 'In the unbiased world' in out and 'This is one seed' in out
     assert any(o in out for o in ('is ahead of plain training', 'is behind plain training', 'no clear gain or loss'))
@@ -432,8 +451,8 @@ def test_demo_compares_in_both_worlds(start, tmp_path):
                for o in ('plain', 'dropclass', 'fade_weights', 'class_paste')]
     for o in configs[1:]:
         assert all(configs[0][k]==o[k] for k in o if k not in ('method', 'weights', 'dropclass', 'paste', 'hash'))
-    assert [(o['method'], o['weights']) for o in configs]==[('plain', 'none'), ('dropclass', 'none'),
-                                                            ('fade_weights', 'median'), ('plain', 'median')]
+    arms = [('plain', 'none'), ('dropclass', 'none'), ('fade_weights', 'median'), ('plain', 'median')]
+    assert [(o['method'], o['weights']) for o in configs]==arms
 
 
 def test_demo_stops_both_when_one_fails(monkeypatch, tmp_path, command):

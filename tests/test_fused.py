@@ -1,6 +1,8 @@
 "The fused losses are the literal ones: for any shape, ratio and option, and without a large tensor."
 import os, subprocess, sys
+from contextlib import nullcontext
 from itertools import product
+from unittest import mock
 
 import pytest, torch
 from hypothesis import given, settings, strategies as st
@@ -10,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dropclass.core import VOID
 from dropclass.fused import (calm_threads, find_resize, full_precision, fuses, matrix_windows, resize_cross_entropy,
-                             resize_drop_losses,
                              resize_dropclass_loss, resize_matrix, tile_numbers, tile_size)
 from dropclass.losses import drop_path_losses, dropclass_loss, segmentation_loss
 
@@ -60,6 +61,10 @@ def losses(draw, num_classes):
     return dict(weight=weight, label_smoothing=draw(st.sampled_from([0., .1, 1.])),
                 ignore_index=draw(st.sampled_from([VOID, VOID, 0])))
 
+def small_tiles(tile=None):
+    "Sweep in tiles of so many rows and columns."
+    return nullcontext() if tile is None else mock.patch('dropclass.fused.tile_size', lambda *args: tile)
+
 @few
 @given(batches(), st.data(), st.booleans(), st.sampled_from(['valid', 'all']))
 def test_it_is_the_literal_form(batch, data, align_corners, normalize):
@@ -67,22 +72,17 @@ def test_it_is_the_literal_form(batch, data, align_corners, normalize):
     options = data.draw(losses(x.shape[1]))
     if options['ignore_index']==0: target = target.masked_fill(target==VOID, 0)
     ce,mask,how = nn.CrossEntropyLoss(**options),keep_mask(x.shape[1], z),dict(normalize=normalize,
-                                                                               align_corners=align_corners, tile=tile,
-                                                                               **options)
+                                                                               align_corners=align_corners, **options)
     up,up_drop = (resize(o, target, align_corners) for o in (x, drop_x))
 
-    want,got = segmentation_loss(up, target, ce, normalize=normalize),resize_cross_entropy(x, target, **how)
+    want = segmentation_loss(up, target, ce, normalize=normalize)
+    with small_tiles(tile): got = resize_cross_entropy(x, target, **how)
     close(got, want)
     close(gradient(got, x), gradient(want, x))
 
-    want,got = drop_path_losses(up_drop, target, mask, ce, normalize,
-                                masked_weights=True),resize_drop_losses(drop_x, target, z, **how)
-    close(got, want)
-    for w,g in list(zip(want, got))[:1 if z is None else 2]: close(gradient(g, drop_x), gradient(w, drop_x))
-
     masked_weights = data.draw(st.sampled_from([True, False, None]))
     want = dropclass_loss(up, up_drop, target, mask, .3, 10., ce, normalize, masked_weights)
-    got,parts = resize_dropclass_loss(x, drop_x, target, z, .3, 10., masked_weights, **how)
+    with small_tiles(tile): got,parts = resize_dropclass_loss(x, drop_x, target, z, .3, 10., masked_weights, **how)
     close(got, want)
     close(parts,
           torch.stack([segmentation_loss(up, target, ce, normalize=normalize),
@@ -106,10 +106,10 @@ def test_gradcheck(align_corners, eps):
     target = torch.randint(3, (1, 4, 5), generator=gen)
     target[0,0] = VOID
     weight = torch.tensor([.5, 1., 2.], dtype=torch.float64)
-    how = dict(weight=weight, label_smoothing=eps, align_corners=align_corners, tile=(3, 5))
-    torch.autograd.gradcheck(lambda x: resize_cross_entropy(x, target, **how), x)
-    torch.autograd.gradcheck(lambda x: resize_drop_losses(x, target, 1, **how), x)
-    torch.autograd.gradcheck(lambda x: resize_dropclass_loss(x, 2*x, target, 1, .6, **how)[0], x)
+    how = dict(weight=weight, label_smoothing=eps, align_corners=align_corners)
+    with small_tiles((3, 5)):
+        torch.autograd.gradcheck(lambda x: resize_cross_entropy(x, target, **how), x)
+        torch.autograd.gradcheck(lambda x: resize_dropclass_loss(x, 2*x, target, 1, .6, **how)[0], x)
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('autocast', [False, True])
@@ -119,13 +119,13 @@ def test_half_precision_is_summed_in_float32(dtype, autocast):
     full = half.detach().double().requires_grad_()
     target = torch.randint(7, (2, 64, 64), generator=gen)
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
-        losses = resize_drop_losses(half, target, 2)
+        loss,(_,*parts) = resize_dropclass_loss(None, half, target, 2, lam=1.)
         # as a gradient scaler does; unscaled, most gradients are below half's smallest number
-        (2**14*sum(losses)).backward()
+        (2**14*loss).backward()
     want = drop_path_losses(resize(full, target), target, keep_mask(7, 2))
     (2**14*sum(want)).backward()
-    assert all(o.dtype==torch.float32 for o in losses) and half.grad.dtype==dtype
-    for a,b in zip(losses, want): assert abs(a.item()-b.item())<=2e-6*abs(b.item())
+    assert loss.dtype==torch.float32 and half.grad.dtype==dtype
+    for a,b in zip((loss, *parts), (sum(want), *want)): assert abs(a.item()-b.item())<=2e-6*abs(b.item())
     assert (half.grad-full.grad).norm()<=torch.finfo(dtype).eps*full.grad.norm()
 
 def test_overflow_shows_in_loss_and_gradient():
@@ -193,7 +193,7 @@ def test_backward_twice_and_scaled():
 
 def test_second_derivative_is_refused():
     x,target = torch.randn(1, 4, 5, 5, requires_grad=True),torch.randint(4, (1, 9, 9))
-    for loss in (resize_cross_entropy(x, target), sum(resize_drop_losses(x, target, 1))):
+    for loss in (resize_cross_entropy(x, target), resize_dropclass_loss(None, x, target, 1, lam=1.)[0]):
         with pytest.raises(RuntimeError, match='no second derivative'): torch.autograd.grad(loss, x, create_graph=True)
 
 def test_labels_out_of_range_fail_as_in_pytorch():
@@ -328,7 +328,7 @@ def test_gpu_gives_the_same():
     old,torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32,True
     try:
         a,b = x.clone().requires_grad_(),x.cuda().requires_grad_()
-        losses = [sum(resize_drop_losses(o, target.to(o.device), 3)) for o in (a, b)]
+        losses = [resize_dropclass_loss(None, o, target.to(o.device), 3, lam=1.)[0] for o in (a, b)]
     finally: torch.backends.cuda.matmul.allow_tf32 = old
     for o in losses: o.backward()
     close(losses[1].cpu(), losses[0], 1e-5)

@@ -655,14 +655,59 @@ def test_layers_that_are_called_in_other_ways(how):
 
 
 class Checkpointed(ToyNet):
-    "Computes its features and scores anew in the backward pass."
-    def __init__(self, on=True):
+    "Computes its features and scores anew in the backward pass, of training or of any mode."
+    def __init__(self, on=True, always=False, alone=False, reentrant=False):
         super().__init__()
-        self.on = on
+        self.on,self.always,self.alone,self.reentrant = on,always,alone,reentrant
+    def anew(self, f, x):
+        on = self.on and (self.training or self.always)
+        return checkpoint(f, x, use_reentrant=self.reentrant) if on else f(x)
     def scores(self, x): return self.classifier(self.backbone(x))
     def forward(self, x):
-        scores = checkpoint(self.scores, x, use_reentrant=False) if self.on and self.training else self.scores(x)
+        scores = self.anew(self.classifier, self.backbone(x)) if self.alone else self.anew(self.scores, x)
         return F.interpolate(scores, size=x.shape[2:], mode='bilinear')
+
+
+@pytest.mark.parametrize('alone', [True, False])
+def test_activation_checkpointing_in_any_mode(alone):
+    "A network that checkpoints in evaluation mode, too, is probed like one that never does."
+    grads,(x, y) = [],toy_batch()
+    for on in (False, True):
+        torch.manual_seed(0)
+        model,keep_mask = Checkpointed(on, always=True, alone=alone),torch.tensor([1.,0.,1.,1.])
+        model.backbone[1].momentum = 0. # Or the batch would count twice
+        head = add_dropclass(model)
+        assert (head.form, head.tail, head.signed)==('closed form', None, False)
+        with head.dropping(keep_mask, .5):
+            dropclass_loss(*split_paths(model.train()(x), 4), y, keep_mask, .5).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        model.eval()(x).sum().backward() # As Grad-CAM does
+    assert torch.equal(*grads)
+
+
+def test_reentrant_checkpointing_trains_but_cannot_be_probed():
+    grads,(x, y) = [],toy_batch()
+    for on in (False, True):
+        torch.manual_seed(0)
+        model,keep_mask = Checkpointed(on, alone=True, reentrant=True),torch.tensor([1.,0.,1.,1.])
+        head = add_dropclass(model)
+        with head.dropping(keep_mask, .5):
+            dropclass_loss(*split_paths(model.train()(x), 4), y, keep_mask, .5).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.equal(*grads)
+    with pytest.raises(ValueError, match='checkpoint with `use_reentrant=False`'):
+        add_dropclass(Checkpointed(alone=True, reentrant=True, always=True))
+
+
+@pytest.mark.parametrize('reentrant', [True, False])
+def test_checkpointing_a_head_that_needs_its_tail_is_refused(reentrant):
+    class Squashed(Checkpointed):
+        def forward(self, x): return super().forward(x).sigmoid()
+    model,(x, _) = Squashed(alone=True, reentrant=reentrant),toy_batch()
+    head = add_dropclass(model.train())
+    assert head.form=='autograd'
+    with head.dropping(torch.ones(4)), pytest.raises(RuntimeError, match='checkpoint the backbone alone'):
+        model(x).sum().backward()
 
 
 def test_activation_checkpointing_in_a_loop():

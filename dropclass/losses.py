@@ -193,15 +193,16 @@ def check_per_pixel(
     "Try a loss, and refuse one that cannot leave out the pixels of a class."
     if cross_entropy_options(loss_func) is not None: return
     void,name = get_ignore_index(loss_func),getattr(loss_func, '__name__', type(loss_func).__name__)
-    labels,out = torch.arange(256, device=device).view(1, 16, 16)%num_classes,torch.arange(256, device=device)%5==0
-    out = out.view(1, 16, 16)
-    logits = torch.randn(1, num_classes, 16, 16, generator=torch.Generator().manual_seed(0)).to(labels.device)
+    at = torch.arange(256, device=device).view(1, 16, 16)
+    labels,out = at%num_classes,at%5==0
+    logits = torch.randn(1, num_classes, 16, 16, generator=torch.Generator().manual_seed(0)).to(at.device)
     try:
         loss = copy.deepcopy(loss_func) # It may count its calls
         def masked(x):
             if void is None: return per_pixel_loss(x, labels, ~out, loss)
             return plain_tensor(loss(x, labels.masked_fill(out, void)))
-        with torch.no_grad(): whole,was,now = loss(logits, labels),masked(logits),masked(logits.where(~out[:,None], -logits))
+        with torch.no_grad():
+            whole,was,now = loss(logits, labels),masked(logits),masked(logits.where(~out[:,None], -logits))
     except Exception as e:
         left_out = "some pixels left out, one value for each other" if void is None else f"some of them {void}"
         raise ValueError(f"{name} was tried on logits (1,{num_classes},16,16) and labels (1,16,16), {left_out}, and "

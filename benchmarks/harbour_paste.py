@@ -17,7 +17,8 @@ import torch
 from dropclass.analysis.context import HARBOUR, colocation, harbour, train_harbour
 from dropclass.core import step_generator
 from dropclass.metrics import class_iou, evaluate
-from dropclass.paste import erase_classes, paste_classes
+from dropclass.analysis.controls import erase_classes
+from dropclass.paste import paste_classes
 
 THINGS = torch.tensor([float(o in ('car', 'boat')) for o in HARBOUR.names]) # Road and water are never pasted
 

@@ -11,7 +11,8 @@ from fastcore.script import call_parse
 
 from common import TIMES, looped, make_base, make_batch, measure, parse_size, plain, setting, show, summary, write_csv
 from dropclass.core import step_generator
-from dropclass.paste import erase_classes, paste_classes
+from dropclass.analysis.controls import erase_classes
+from dropclass.paste import paste_classes
 
 VARIANTS = {
     'paste':(paste_classes, {}),

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['IMAGE_KEYS', 'LABEL_KEYS', 'largest_channel', 'predicted_labels', 'confusion_matrix', 'class_iou', 'mean_iou',
-           'pixel_accuracy', 'rare_classes', 'confused_weights', 'near_edges', 'boundary_counts', 'boundary_iou',
-           'own_rows', 'batch_parts', 'evaluate', 'per_class_table', 'ConfusionCounts', 'CountsMetric',
-           'segmentation_metrics']
+           'pixel_accuracy', 'rare_classes', 'near_edges', 'boundary_counts', 'boundary_iou', 'own_rows', 'batch_parts',
+           'evaluate', 'per_class_table', 'ConfusionCounts', 'CountsMetric', 'segmentation_metrics']
 
 # %% ../nbs/50_metrics.ipynb #40e4bcc7
 import math
@@ -115,17 +114,6 @@ def rare_classes(
         "count the training masks, not a batch")
     there = [c for c in counts.argsort(stable=True).tolist() if counts[c]>0]
     return there[:len(there)//2]
-
-# %% ../nbs/50_metrics.ipynb #3fa8cf87
-def confused_weights(
-    confusion:Tensor, # Pixel counts (C,C), truth in rows
-) -> Tensor: # One weight per class (C,), float64, sum 1; alike for all where nothing is confused
-    "Weigh each class by the mistakes it takes part in."
-    counts = torch.as_tensor(confusion).double()
-    shares = counts/counts.sum(1, keepdim=True).clamp(min=1)
-    shares.fill_diagonal_(0)
-    weights = shares.sum(0)+shares.sum(1)
-    return weights/weights.sum() if weights.any() else torch.full_like(weights, 1/len(weights))
 
 # %% ../nbs/50_metrics.ipynb #b0a2d002
 def _window(x, k, pick, dim):

@@ -9,12 +9,13 @@ from fastai.vision.data import SegmentationDataLoaders
 
 from dropclass.analysis.ablations import DrawRare
 from dropclass.analysis.audit import audit
-from dropclass.analysis.subjects import iter_batches, learner_spec
+from dropclass.analysis.subjects import iter_batches, learner_spec, open_model
+from dropclass.analysis.widgets import drop_explorer
 from dropclass.callback import DropClassCallback
 from dropclass.data.core import open_image, write_toy_folder
 from dropclass.models import SmallSegNet, create_model
 from dropclass.prior import tune_prior
-from dropclass.surgery import get_head
+from dropclass.surgery import find_classifier, get_head, remove_dropclass
 from dropclass.testing import ToyNet, toy_learner
 
 
@@ -52,6 +53,21 @@ def test_void_is_the_last_name(tmp_path, outputs):
     assert learn.drop_class.names==[*(f'c{i}' for i in range(5)), 'Void'][:outputs]
     assert learn.drop_class.droppable==[0,1,2,3,4]
     assert learner_spec(learn).names==('c0','c1','c2','c3','c4')
+    subject,(x, y) = open_model(learn),learn.dls.valid.one_batch()
+    with torch.no_grad(): assert torch.equal(subject.model.eval()(x), learn.model.eval()(x)[:,:5])
+    found = audit(learn, progress=False)
+    assert found.spec.names==learner_spec(learn).names and found.networks[0].entangled is not None
+    drop_explorer(learn)
+
+
+@pytest.mark.parametrize('outputs', [5, 6])
+def test_void_is_the_last_name_of_a_plain_network(tmp_path, outputs):
+    learn = camvid_like(tmp_path, outputs)
+    learn.remove_cb(learn.drop_class)
+    remove_dropclass(learn.model)
+    assert audit(learn, progress=False).context.confusion.shape==(5,5)
+    drop_explorer(learn)
+    assert find_classifier(learn.model, outputs) # The network itself is as it was
 
 
 def test_a_wrong_number_of_outputs_is_still_refused(tmp_path):

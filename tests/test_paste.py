@@ -13,11 +13,11 @@ from fastai.torch_core import TensorImage, TensorMask
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
+from dropclass.analysis.controls import ERASE_FILLS, EraseClassCallback, IgnoreLabelCallback, erase_classes
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID, step_generator
-from dropclass.paste import (ERASE_FILLS, ClassPasteCallback, EraseClassCallback, count_labels, erase_classes,
-                             paste_classes, rarity_weights)
-from dropclass.rivals import FadeWeightsCallback, IgnoreLabelCallback
+from dropclass.paste import ClassPasteCallback, count_labels, paste_classes, rarity_weights
+from dropclass.rivals import FadeWeightsCallback
 from dropclass.schedules import hold_ramp
 from dropclass.testing import toy_batch, toy_dls, toy_learner
 

@@ -4,7 +4,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -12,15 +11,8 @@ import torch
 from torch import nn
 
 from dropclass.core import VOID
-from dropclass.stats import class_stats
-from dropclass.data.scenes import (LABEL, RULES, Scenes, context_table, plan_scene, render_scene, scene_spec,
-                                   scenes_dls, unbiased_dl)
+from dropclass.data.scenes import LABEL, RULES, Scenes, plan_scene, render_scene, scenes_dls
 from dropclass.testing import ToyNet
-
-N = 600
-
-@pytest.fixture(scope='module')
-def worlds(): return {bias: Scenes(N, bias=bias) for bias in (.95, 0.)}
 
 def digest(n=4):
     h = hashlib.sha256()
@@ -48,17 +40,6 @@ def test_any_size(size):
     assert set(np.unique(mask)) <= {*range(15), VOID}
     assert (mask==LABEL['road']).mean()>.1
 
-def test_classes_and_shares(worlds):
-    for bias,ds in worlds.items():
-        stats = class_stats(ds)
-        share,presence = stats.pixels/ds.masks.numel(),stats.images/N
-        assert share[LABEL['road']]>.3
-        assert .0005<share[LABEL['motorcycle']]<.003
-        assert presence.mean()<=.5
-        assert presence.min()>=.04, (
-            f"{scene_spec().names[presence.argmin()]} is in {presence.min():.1%} of the scenes at bias {bias}")
-        assert 0<(ds.masks==VOID).float().mean()<.1
-
 def test_the_worlds_hold_the_same_classes_as_often():
     def count(bias):
         names = [o.name for i in range(6000) for o in plan_scene(i, seed=5, bias=bias)[1]]
@@ -85,21 +66,11 @@ def test_riders_and_two_wheelers_are_independent_without_bias():
     assert lift(.95)>.85
     assert lift(0.)<.15 # A seated rider, one two-wheeler in eight, is what remains
 
-def test_image_and_mask_have_the_same_edges(worlds):
-    x,y = worlds[.95].images[:100].float().mean(1),worlds[.95].masks[:100].int()
+def test_image_and_mask_have_the_same_edges():
+    scenes = Scenes(100)
+    x,y = scenes.images.float().mean(1),scenes.masks.int()
     step,edge = (x[:,:,1:]-x[:,:,:-1]).abs(),y[:,:,1:]!=y[:,:,:-1]
     assert step[edge].mean()>1.5*step[~edge].mean()
-
-def test_things_move_when_the_bias_goes():
-    a,b = context_table(bias=.95),context_table(bias=0.)
-    usual = {'car':'road', 'person':'sidewalk', 'rider':'two-wheeler', 'traffic sign':'pole'}
-    for name,support in usual.items(): assert a.loc[name,support]>.93 and b.loc[name,support]<.5
-
-def test_speed():
-    render_scene(0)
-    start = time.process_time()
-    for i in range(150): render_scene(i)
-    assert 150/(time.process_time()-start)>=150
 
 def test_no_scene_is_in_two_sets():
     dls = scenes_dls(24, 16, bs=8, bias=0., device='cpu') # Same world everywhere: only the indices part them
@@ -123,4 +94,4 @@ def test_a_learner_validates_on_the_unbiased_world():
         losses = [learn.validate(i)[0] for i in (1,2)]
     assert torch.equal(target, dls.unbiased.dataset.source.masks.long())
     assert preds.shape==(4,15,32,48) and losses[0]!=losses[1]
-    assert unbiased_dl(dls.to('cpu')) is dls.unbiased
+    assert dls.to('cpu').loaders[2] is dls.unbiased

@@ -15,7 +15,8 @@ from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
-from dropclass.rivals import FadeWeightsCallback, IgnoreLabelCallback, OhemLoss
+from dropclass.analysis.controls import IgnoreLabelCallback
+from dropclass.rivals import FadeWeightsCallback, OhemLoss
 from dropclass.analysis.ablations import DrawPresent, DrawRare, DrawWeighted
 from dropclass.callback import DropClassCallback
 from dropclass.core import VOID, check_num_classes, eval_mode

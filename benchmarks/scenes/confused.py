@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dropclass.run.config import Config
 from dropclass.run.experiment import load_run, train_run
-from dropclass.metrics import confused_weights
+from dropclass.analysis.controls import confused_weights
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]/'camvid'))
 from run import read_plan, run_options # noqa: E402

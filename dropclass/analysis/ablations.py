@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from ..callback import DropClassCallback, StepPlan
 from ..core import check_choice
-from ..features import cycled_class, kept_sums
+from .controls import cycled_class
+from ..features import kept_sums
 from ..losses import StepPaths, plain_tensor
 from ..ranks import sum_over_ranks
 from ..schedules import epoch_pct

@@ -123,9 +123,7 @@ def class_bias(
 # %% ../../nbs/64_analysis.bias.ipynb #7d10a002
 class Trust:
     "How far the probabilities of a network hold, and which images' labels it contradicts."
-    def __init__(self,
-        bins:int=10, # Steps of confidence
-    ): self.counts,self.likely = torch.zeros(3, bins, dtype=torch.float64),[]
+    def __init__(self): self.counts,self.likely = torch.zeros(3, 10, dtype=torch.float64),[] # Ten steps of confidence
 
     def add(self,
         logits:Tensor, # Logits (N,C,H,W), or probabilities
@@ -182,14 +180,12 @@ def bias_scores(
 def proxy_values(
     colocation:Colocation, # Erased context of the network, in the biased world
     scores:pd.DataFrame, # What `bias_scores` gave for the same network
-    k:int=3, # Influential classes per class
-    pixels:str='void', # Which pixels count, see `Colocation.fall`
 ) -> pd.DataFrame: # A row per class that has both: `fall` in points, the proxy, and `bias` in points, the truth
     "Put proxy and truth side by side."
     if other := sorted(set(scores.index)^set(colocation.spec.names)):
         raise ValueError(f"The two measurements have different classes ({', '.join(other[:4])}): "
                          "use one network and one data set")
-    df = pd.DataFrame(dict(fall=colocation.top_influences(k, pixels).fall, bias=scores.bias))
+    df = pd.DataFrame(dict(fall=colocation.top_influences().fall, bias=scores.bias))
     return df.rename_axis('class').dropna().sort_values('bias', ascending=False)
 
 # %% ../../nbs/64_analysis.bias.ipynb #81ba13ca
@@ -222,19 +218,19 @@ def _places(x, y, w, h):
     return {(dx, dy):(x+dx, y+dy, x+dx+w, y+dy+h) for dx,dy in steps}
 
 # %% ../../nbs/64_analysis.bias.ipynb #7d52593d
-def _write_names(ax, groups, size=7):
+def _write_names(ax, groups):
     "Write names beside points, each where it covers least."
     ax.figure.canvas.figure.draw_without_rendering() # Settles the layout, so that distances are known
     points = [ax.transData.transform(tuple(row))*72/ax.figure.dpi for row,_ in groups]
     taken = [(x-3, y-3, x+3, y+3) for x,y in points]
     left,bottom,right,_ = ax.get_window_extent().extents*72/ax.figure.dpi
     outside = lambda a: max(0, left-a[0])+max(0, a[2]-right)+max(0, bottom-a[1])
-    cost = lambda a: sum(_shared(a, b) for b in taken)+size*outside(a)
+    cost = lambda a: sum(_shared(a, b) for b in taken)+7*outside(a)
     for (row,names),(x,y) in zip(groups, points):
-        places = _places(x, y, .55*size*len(names), size)
+        places = _places(x, y, .55*7*len(names), 7)
         best = min(places, key=lambda o: cost(places[o]))
         taken.append(places[best])
-        ax.annotate(names, tuple(row), best, textcoords='offset points', fontsize=size)
+        ax.annotate(names, tuple(row), best, textcoords='offset points', fontsize=7)
 
 # %% ../../nbs/64_analysis.bias.ipynb #c277985f
 def plot_proxy(

@@ -108,11 +108,10 @@ def image_stats(
 # %% ../../nbs/61_analysis.context.ipynb #2d1faf4d
 def heavy_blur(
     image:Tensor, # Image (3,H,W)
-    cells:int=6, # Cells along the shorter side
 ) -> Tensor: # Image (3,H,W)
     "Keep the rough colours of an image and nothing else."
     h,w = image.shape[-2:]
-    cell = max(1, min(h, w)//cells)
+    cell = max(1, min(h, w)//6)
     small = F.adaptive_avg_pool2d(image[None], (max(1, h//cell), max(1, w//cell)))
     return F.interpolate(small, size=(h,w), mode='bilinear', align_corners=False)[0]
 
@@ -120,7 +119,6 @@ def heavy_blur(
 def inpaint(
     image:Tensor, # Image (3,H,W); any other number of channels will do
     erased:Tensor, # Which pixels are gone (H,W), bool
-    radius:float=3., # How far around a pixel the library looks, in pixels
 ) -> Tensor: # Image (3,H,W)
     "Continue the surroundings into the erased area, with OpenCV (Telea's method)."
     try: import cv2
@@ -131,7 +129,7 @@ def inpaint(
     pixels = (255*(image-low)/(high-low).clamp(min=1e-9)).round().byte().permute(1, 2, 0).cpu().contiguous().numpy()
     gone = erased.cpu().numpy().astype('uint8')
     parts = [pixels] if len(image)==3 else np.split(pixels, len(image), 2)
-    found = [cv2.inpaint(np.ascontiguousarray(o), gone, radius, cv2.INPAINT_TELEA) for o in parts]
+    found = [cv2.inpaint(np.ascontiguousarray(o), gone, 3, cv2.INPAINT_TELEA) for o in parts] # 3 pixels around
     return torch.from_numpy(np.dstack(found)).permute(2, 0, 1).to(image)/255*(high-low)+low
 
 # %% ../../nbs/61_analysis.context.ipynb #fd3a8428

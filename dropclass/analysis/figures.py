@@ -169,13 +169,6 @@ def take_images(
         if len(found)==len(wanted): break
     return found
 
-# %% ../../nbs/63_analysis.figures.ipynb #9f2c6d98
-def _widest_pair(found):
-    "Labels of the two classes on which networks differ most, or None."
-    pixels = found.counts.sum((0,1))
-    pixels = (pixels+pixels.T).tril(-1)
-    return divmod(int(pixels.argmax()), len(pixels)) if pixels.any() else None
-
 # %% ../../nbs/63_analysis.figures.ipynb #4144da2d
 def _pair_mask(pair, preds, target, spec):
     "Pixels (H,W) on which exactly one network is right and the other takes one class of the pair for the other."
@@ -185,28 +178,24 @@ def _pair_mask(pair, preds, target, spec):
     right = [p==target for p in preds]
     return (swapped[0]&right[1])|(swapped[1]&right[0])
 
-# %% ../../nbs/63_analysis.figures.ipynb #19fc566d
-def _draw_boxes(ax, boxes):
-    "Draw white frames with a dark edge."
-    for top,left,bottom,right in boxes:
-        for color,width in (('black', 2.2), ('white', 1.2)):
-            ax.add_patch(Rectangle((left-.5, top-.5), right-left, bottom-top, fill=False, ec=color, lw=width))
-
 # %% ../../nbs/63_analysis.figures.ipynb #4561dcc1
 def _draw_panels(axs, panels, boxes=()):
-    "Show pictures side by side, boxes drawn into each."
+    "Show pictures side by side, with a white frame with a dark edge around each box."
     for ax,panel in zip(axs, panels):
         ax.imshow(panel, interpolation='nearest')
         ax.axis('off')
-        _draw_boxes(ax, boxes)
+        for top,left,bottom,right in boxes:
+            for color,width in (('black', 2.2), ('white', 1.2)):
+                ax.add_patch(Rectangle((left-.5, top-.5), right-left, bottom-top, fill=False, ec=color, lw=width))
 
 # %% ../../nbs/63_analysis.figures.ipynb #341a83bc
 def _pair_to_show(found, pair, n):
     "Labels of the pair, and the images that differ most on it."
-    first,second = found.labels
-    pair = _widest_pair(found) if pair is None else tuple(class_index(found.spec, o) for o in pair)
-    if pair is None:
-        raise ValueError(f"{first} and {second} differ on no pixel that one of them gets right: nothing to show")
+    pixels = found.both.sum((0,1)).tril(-1)
+    if pair is not None: pair = tuple(class_index(found.spec, o) for o in pair)
+    elif pixels.any(): pair = divmod(int(pixels.argmax()), len(pixels))
+    else: raise ValueError(f"{' and '.join(found.labels)} differ on no pixel that one of them gets right: "
+                           "nothing to show")
     numbers = found.images(pair, n)
     if numbers: return pair,numbers
     raise ValueError(f"The networks do not differ on {' and '.join(found.spec.names[o] for o in pair)}: "
@@ -329,18 +318,13 @@ def grad_cam(
         return torch.stack([(w*features).sum(1).relu().detach() for w in weights], 1)
 
 # %% ../../nbs/63_analysis.figures.ipynb #8b5d077f
-def _images_of(data, c, n, max_images=None):
+def _images_of(data, c, n):
     "The n images with most pixels of class c: image and labels."
     best = []
-    for x,y in iter_batches(data, max_images=max_images):
+    for x,y in iter_batches(data):
         best += [(int((t==c).sum()), image, t) for image,t in zip(x, y)]
         best = sorted(best, key=lambda o: -o[0])[:n]
     return [(image, t) for pixels,image,t in best if pixels]
-
-# %% ../../nbs/63_analysis.figures.ipynb #1d3685af
-def _inside(cam, target, c):
-    "Share of a map's mass that lies on class c."
-    return float((cam*(target==c)).sum()/cam.sum().clamp(min=1e-12))
 
 # %% ../../nbs/63_analysis.figures.ipynb #d9054dc7
 def _draw_cam(ax, picture, cam, target, c):
@@ -368,7 +352,8 @@ def _cam_row(axs, x, y, picture, shown, c, **kwargs):
         cam = grad_cam(net.model, x[None].to(net.device), [k], target=y[None], **kwargs)
         cam = resize_logits(cam, y.shape)[0,0].cpu()
         _draw_cam(ax, picture, cam, y, c)
-        ax.set_title(f'{net.label}: {names[k]}\n{100*_inside(cam, y, c):.0f} % inside', fontsize=8)
+        inside = (cam*(y==c)).sum()/cam.sum().clamp(min=1e-12) # Share of the map's mass on class c
+        ax.set_title(f'{net.label}: {names[k]}\n{100*inside:.0f} % inside', fontsize=8)
 
 # %% ../../nbs/63_analysis.figures.ipynb #50c14fb7
 def plot_grad_cam(

@@ -61,12 +61,6 @@ def class_cams(
     "Compute Grad-CAM of every class from the importance."
     return torch.einsum('ck,khw->chw', importance.to(features), features).relu()
 
-# %% ../../nbs/66_analysis.widgets.ipynb #bb9ce876
-def _has_one_matrix(layer, plain):
-    "Can the importance be read off one convolution?"
-    closed = getattr(layer, 'form', 'closed form')=='closed form'
-    return isinstance(plain, nn.Conv2d) and closed and not getattr(layer, 'beside', ())
-
 # %% ../../nbs/66_analysis.widgets.ipynb #4d0bd950
 def reading_layer(
     model:nn.Module, # A segmentation network
@@ -79,8 +73,8 @@ def reading_layer(
     if layer is None:
         name = name or find_classifier(model, num_classes, probe)
         layer = model.get_submodule(name) if isinstance(name, str) else None
-    plain = getattr(get_head(model), 'classifier', layer)
-    if _has_one_matrix(layer, plain): return layer
+    plain,form = getattr(get_head(model), 'classifier', layer),getattr(layer, 'form', 'closed form')
+    if isinstance(plain, nn.Conv2d) and form=='closed form' and not getattr(layer, 'beside', ()): return layer
     raise ValueError("The explorer reads the importance off one convolution, this network's classifier is "
                      f"{name or type(plain).__name__}: look at it with `autograd_importance`, "
                      "or name another layer as `classifier`")
@@ -214,12 +208,6 @@ def _open(model, data, spec, max_images):
     data = open_data(subject, data)
     return subject.model,subject.spec,image_pairs(data, subject.device, max_images),data
 
-# %% ../../nbs/66_analysis.widgets.ipynb #8cecd6a6
-def _other_path(head):
-    "A remark where the picture is not what the network answers."
-    if head is None or head.predicts=='drop': return ''
-    return f'. Shown is the drop path; the network itself answers by the {head.predicts} path'
-
 # %% ../../nbs/66_analysis.widgets.ipynb #e20d4adf
 def drop_explorer(
     model, # Learner, `Run`, or network
@@ -232,7 +220,9 @@ def drop_explorer(
     "Drop a class with a slider, and see prediction, features and Grad-CAM change."
     w = _ipywidgets()
     net,spec,pairs,data = _open(model, data, spec, max_images)
-    layer,note = reading_layer(net, len(spec), classifier, torch.stack([pairs[0][0]]*2)),_other_path(get_head(net))
+    layer,head = reading_layer(net, len(spec), classifier, torch.stack([pairs[0][0]]*2)),get_head(net)
+    path = head.predicts if head else 'drop'
+    note = '' if path=='drop' else f'. Shown is the drop path; the network itself answers by the {path} path'
     classes = [(o,c) for c,o in enumerate(spec.names)]
     image = w.IntSlider(0, 0, len(pairs)-1, description='image')
     name = w.Dropdown(options=classes, value=class_index(spec, start), description='class')
@@ -297,11 +287,6 @@ def plot_plan(
     return fig
 
 # %% ../../nbs/66_analysis.widgets.ipynb #1acf2bdd
-def _droppable(names, never_drop):
-    "Labels of the classes that may be dropped."
-    never = [never_drop] if isinstance(never_drop, (str,int)) else never_drop
-    return sorted({*range(len(names))}-{class_index(ClassSpec(names), o) for o in never})
-
 def _ramps(rise, tops):
     "Ramps between two shares of the fit, which must not be the same, to the highest values."
     since = min(rise[0], .99)
@@ -317,7 +302,8 @@ def schedule_explorer(
     "Plan a fit: see the ramps and every drop before it runs."
     w = _ipywidgets()
     names = [f'class {i}' for i in range(names)] if isinstance(names, int) else list(names)
-    droppable = _droppable(names, never_drop)
+    never = [never_drop] if isinstance(never_drop, (str,int)) else never_drop
+    droppable = sorted({*range(len(names))}-{class_index(ClassSpec(names), o) for o in never})
     epoch = w.IntSlider(epochs, 1, 100, description='epochs')
     steps = w.IntSlider(steps_per_epoch, 1, 200, description='steps/epoch')
     rise = w.FloatRangeSlider(value=(0.,1.), min=0., max=1., step=.05, description='rise')
@@ -339,10 +325,9 @@ def behind_cell(
     looked:int, # Class Y
     fill='mean', # What erased pixels become, as in `colocation`
     k:int|None=3, # So many images; None gives all
-    seed:int=0, # Seed of the noise
 ) -> list: # `CellImage`s that hold X and Y, the most lost pixels first
     "Find the images in which class Y suffers most when X is erased."
-    found = cell_images(model, pairs, erased, looked, fill, seed=seed, device=pairs[0][0].device)
+    found = cell_images(model, pairs, erased, looked, fill, device=pairs[0][0].device)
     return sorted(found, key=lambda o: -o.lost)[:k]
 
 # %% ../../nbs/66_analysis.widgets.ipynb #4a794c98

@@ -69,12 +69,11 @@ def write_toy_camvid(
 
 # %% ../../nbs/42_data.camvid.ipynb #3b2a16f4
 def codes_to_spec(
-    names:list, # Names by label, as in `codes.txt`
-    void:str='Void', # Name that means void; it need not occur
+    names:list, # Names by label, as in `codes.txt`; Void need not be among them
 ) -> tuple: # The classes as a `ClassSpec`, and the map from file labels to theirs
     "Take void out of a list of names."
-    classes = [o for o in names if o!=void]
-    label_map = {i: VOID if o==void else classes.index(o) for i,o in enumerate(names)}
+    classes = [o for o in names if o!='Void']
+    label_map = {i: VOID if o=='Void' else classes.index(o) for i,o in enumerate(names)}
     known = all(o in CAMVID_COLORS for o in classes)
     return ClassSpec(classes, [CAMVID_COLORS[o] for o in classes] if known else None),label_map
 

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCENE_COLORS', 'LABEL', 'RULES', 'TEST_START', 'scene_spec', 'scene_rng', 'Canvas', 'Thing', 'Sprite', 'draw_thing',
-           'Street', 'Rule', 'plan_scene', 'context_table', 'check_scene_size', 'render_scene', 'Scenes', 'scenes_dls',
-           'unbiased_dl']
+           'Street', 'Rule', 'plan_scene', 'context_table', 'check_scene_size', 'render_scene', 'Scenes', 'scenes_dls']
 
 # %% ../../nbs/41_data.scenes.ipynb #4b8ec633
 import colorsys
@@ -580,12 +579,3 @@ def scenes_dls(
     dls.loaders.append(dls.valid.new(SegmentationDataset(unbiased, spec, 1)))
     dls.unbiased = dls.loaders[2]
     return dls
-
-# %% ../../nbs/41_data.scenes.ipynb #11cb6314
-def unbiased_dl(
-    dls, # DataLoaders from `scenes_dls`
-): # The loader of the unbiased world
-    "Find the loader of the unbiased world."
-    if getattr(dls, 'unbiased', None) is None or len(dls.loaders)<3:
-        raise ValueError("These DataLoaders have no unbiased world: only `scenes_dls` makes one")
-    return dls.loaders[2]

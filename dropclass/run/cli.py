@@ -351,8 +351,9 @@ def takers(
 ) -> dict: # Field with options -> option -> the function that takes it
     "Find what the options of a run are passed to."
     from dropclass.callback import DropClassCallback
-    from dropclass.paste import ClassPasteCallback, EraseClassCallback
-    from dropclass.rivals import FadeWeightsCallback, IgnoreLabelCallback
+    from dropclass.paste import ClassPasteCallback
+    from dropclass.analysis.controls import EraseClassCallback, IgnoreLabelCallback
+    from dropclass.rivals import FadeWeightsCallback
     from dropclass.run.experiment import data_parameters
     other = dict(plain=lambda: None, ignore_label=IgnoreLabelCallback, fade_weights=FadeWeightsCallback)
     by = lambda f: {o:f for o in inspect.signature(f).parameters}

@@ -256,10 +256,10 @@ def _places(rows, k, n, width=.8):
     "Where the k-th of n marks of each row stands."
     return [i+width/n*(k-(n-1)/2) for i in range(rows)]
 
-def _axes(width, height, n, ratios):
+def _axes(height, n, ratios):
     "A figure with n axes beside each other, which share their rows."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(width,height), layout='constrained')
+    fig = Figure(figsize=(8,height), layout='constrained')
     return fig,fig.subplots(1, n, sharey=True, squeeze=False, width_ratios=ratios[:n])[0]
 
 def _mark_rows(axs, rows):
@@ -303,15 +303,11 @@ def _difference_bars(ax, df):
 
 # %% ../../nbs/71_run.compare.ipynb #a985c588
 def plot_comparison(
-    runs, # Run folders or `Run` objects, or the table that `comparison` gave; differences are to the first
-    test:str='valid', # Test set
-    path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts
-    width:float=8, # Width in inches; the height follows from the number of classes
+    df:pd.DataFrame, # What `comparison` gave
 ): # Matplotlib figure
     "Draw IoU per class, and the differences to the first run."
-    df = runs if isinstance(runs, pd.DataFrame) else comparison(runs, test, path)
     n = len(df.attrs['labels'])
-    fig,axs = _axes(width, .9+len(df)*(.12+.11*n), min(n, 2), (3,2))
+    fig,axs = _axes(.9+len(df)*(.12+.11*n), min(n, 2), (3,2))
     _iou_bars(axs[0], df)
     if n>1: _difference_bars(axs[1], df)
     _mark_rows(axs, df)
@@ -359,15 +355,14 @@ def group_arms(
 def paired_difference(
     scores:pd.DataFrame, # A row per class, a column per seed
     first:pd.DataFrame, # The same of the arm that is compared with
-    level:float=.95, # Share of such intervals that hold the true difference
-) -> pd.DataFrame: # Mean difference over common seeds, both ends of its interval (NaN for one), and their number
+) -> pd.DataFrame: # Mean difference over common seeds, both ends of its 95 % interval (NaN for one), and their number
     "Compare two arms seed by seed."
     from scipy.stats import ttest_rel
     common = [o for o in scores if o in first]
     a,b = scores[common],first[common]
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # Of fewer than two pairs, and of pairs that are all alike
-        interval = ttest_rel(a, b, axis=1, nan_policy='omit').confidence_interval(level)
+        interval = ttest_rel(a, b, axis=1, nan_policy='omit').confidence_interval()
     d = (a-b).astype(float)
     return pd.DataFrame(dict(difference=d.mean(axis=1), low=interval.low, high=interval.high, pairs=d.count(axis=1)))
 
@@ -396,7 +391,6 @@ def compare_arms(
     runs, # Run folders (or `Run` objects); differences are to the arm of the first
     test:str='valid', # Test set: 'valid', and 'unbiased' where the data set has one
     path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts, per run
-    level:float=.95, # Of the intervals
 ) -> pd.DataFrame: # A row per arm and class, the rarest first, then both means; IoU in percent
     "Compare settings, each over its seeds."
     runs = _read_runs(runs)
@@ -409,9 +403,9 @@ def compare_arms(
         s = pd.DataFrame({k:_scores(o, test, path, order) for k,o in sorted(arm.items())}, rows.index)
         scores.append(s)
         part = rows.assign(mean=s.mean(axis=1), std=s.std(axis=1), seeds=s.count(axis=1))
-        parts.append(part.join(paired_difference(s, scores[0], level)) if parts else part)
+        parts.append(part.join(paired_difference(s, scores[0])) if parts else part)
     df = pd.concat(parts, keys=labels, names=['arm','class'])
-    df.attrs = dict(test=test, labels=labels, level=level, seeds={l:list(s) for l,s in zip(labels, scores)},
+    df.attrs = dict(test=test, labels=labels, seeds={l:list(s) for l,s in zip(labels, scores)},
                     paths=[pick_path(o, test, path) for o in one],
                     folders={l:[str(o.folder) for o in arm.values()] for l,arm in zip(labels, arms)})
     return df
@@ -485,29 +479,25 @@ def format_arms(
     df:pd.DataFrame, # What `compare_arms` gave
 ) -> str: # Lines of text
     "Lay a comparison of arms out as plain text."
-    (first,*others),level = df.attrs['labels'],df.attrs['level']
+    first,*others = df.attrs['labels']
     head = [f"Test set {df.attrs['test']!r}, IoU in %, mean ± standard deviation over seeds"]
     note = f"† the {int(df.loc[first].rare[:-2].sum())} classes with the fewest pixels"
     if others:
-        head.append(f"Differences to {first} over common seeds, with {100*level:.0f} % t-intervals; * leaves out 0")
+        head.append(f"Differences to {first} over common seeds, with 95 % t-intervals; * leaves out 0")
         note += f"; columns after {first} are differences to it"
     asked = sum(int(df.loc[o].low[:-2].notna().sum()) for o in others)
-    chance = f"chance alone would put a * on about {asked*(1-level):.1f} of these {asked} differences"
+    chance = f"chance alone would put a * on about {asked*(1-.95):.1f} of these {asked} differences"
     notes = [note, f"Where nothing differs, {chance}"] if asked else [note]
     return '\n'.join([*head, '', *_arm_lines(df), '', *_arm_classes(df), '', *notes])
 
 # %% ../../nbs/71_run.compare.ipynb #82b4007e
 def plot_arms(
-    runs, # Run folders or `Run` objects, or the table that `compare_arms` gave
-    test:str='valid', # Test set
-    path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts
-    width:float=8, # Width in inches; the height follows from the number of classes
+    df:pd.DataFrame, # What `compare_arms` gave
 ): # Matplotlib figure
     "Draw the IoU of every arm, and the differences to the first with their intervals."
-    df = runs if isinstance(runs, pd.DataFrame) else compare_arms(runs, test, path)
     labels = df.attrs['labels']
     first,n = df.loc[labels[0]],len(labels)
-    fig,axs = _axes(width, .9+len(first)*(.16+.09*n), min(n, 2), (1,1))
+    fig,axs = _axes(.9+len(first)*(.16+.09*n), min(n, 2), (1,1))
     for k,label in enumerate(labels):
         part,at = df.loc[label],_places(len(first), k, n, .7)
         style = dict(fmt='o', ms=3.5, lw=1, color=_color(k) if k else '#777')

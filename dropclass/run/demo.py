@@ -87,8 +87,8 @@ def _log_end(out):
     return lines[-1] if lines else 'it was killed'
 
 # %% ../../nbs/78_run.demo.ipynb #60117a07
-def _wait(jobs, outs, epochs, steps, write):
-    "Print a line whenever all runs are a step further, until they are done; fail as soon as one does."
+def _wait(jobs, outs, epochs, write):
+    "Print a line whenever all runs are a twentieth further, until they are done; fail as soon as one does."
     start,shown = time.monotonic(),0
     while True:
         running = [k for k,p in jobs.items() if p.poll() is None]
@@ -97,7 +97,7 @@ def _wait(jobs, outs, epochs, steps, write):
             log = outs[k].with_suffix('.log')
             raise OSError(f"Training {k} failed: {_log_end(outs[k])}; all of it is in {log}")
         done = {k:_last_epoch(o) for k,o in outs.items()}
-        step = min(n for n,_ in done.values())*steps//epochs
+        step = min(n for n,_ in done.values())*20//epochs
         if step>shown:
             now = "   ".join(f"{k} epoch {n}/{epochs} mIoU {v:.1f}" for k,(n,v) in done.items())
             write(f"{time.monotonic()-start:4.0f} s   {now}")
@@ -113,11 +113,11 @@ def _stop(processes, patience=20):
         try: p.wait(patience)
         except subprocess.TimeoutExpired: p.kill()
 
+# %% ../../nbs/78_run.demo.ipynb #72ed62c4
 def train_side_by_side(
     configs:dict, # Fields of `Config` by name; all with the same number of epochs
     folder:Path, # Holds one run folder per name; finished and interrupted runs in it are continued
     write=print, # Takes a line of text
-    steps:int=20, # How many lines to print
 ) -> dict: # Run folder by name
     "Train several runs at the same time, in processes of their own."
     outs = {k:Path(folder)/k for k in configs}
@@ -129,7 +129,7 @@ def train_side_by_side(
     try:
         for k in configs:
             if not _is_done(configs[k], outs[k]): jobs[k] = _start(configs[k], outs[k])
-        _wait(jobs, outs, next(iter(configs.values()))['epochs'], steps, write)
+        _wait(jobs, outs, next(iter(configs.values()))['epochs'], write)
     finally: _stop(jobs.values())
     return outs
 

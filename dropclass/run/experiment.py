@@ -46,8 +46,9 @@ from fastcore.basics import patch
 from fastai.torch_core import default_device, get_model, rank_distrib, set_seed, to_float
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from ..rivals import COUNTED_LOSSES, FadeWeightsCallback, IgnoreLabelCallback, published_weights, region_loss
+from ..rivals import COUNTED_LOSSES, FadeWeightsCallback, published_weights, region_loss
 from ..analysis.ablations import ablated
+from ..analysis.controls import EraseClassCallback, IgnoreLabelCallback
 from ..analysis.subjects import Subject, answer_by
 from ..core import ClassSpec, check_choice, check_device, check_unit, colorize, write_json, writing
 from ..data.core import full_size_dl, make_dls
@@ -57,7 +58,7 @@ from ..head import HEAD_OPTIONS
 from ..surgery import add_dropclass, get_head
 from ..metrics import class_iou, evaluate, mean_iou, pixel_accuracy, rare_classes, segmentation_metrics
 from ..models import create_model, single_values
-from ..paste import ClassPasteCallback, EraseClassCallback
+from ..paste import ClassPasteCallback
 from ..prior import TAUS, class_offsets, prior_confusions
 from ..ranks import from_first, gather_ranks, is_first, joined, num_ranks
 from .config import (DATA, ON_CANVAS, Config, check_type, config_hash, read_config, read_confusion,
@@ -332,6 +333,7 @@ def save_checkpoint(
     torch.save(state, memory)
     with writing(path) as temp: temp.write_bytes(memory.getbuffer())
 
+# %% ../../nbs/70_run.experiment.ipynb #6aaa09fe
 def data_files(
     dls, # DataLoaders
 ) -> dict: # Name of each file -> a number; nothing where the data are no files
@@ -345,9 +347,9 @@ def _file_mark(path):
         f.seek(max(size-4096, 0))
         return zlib.crc32(f.read(), size & 0xffffffff)
 
+# %% ../../nbs/70_run.experiment.ipynb #31735601
 def load_checkpoint(
     path:str|Path, # The file
-    device='cpu', # Where its tensors go
 ) -> dict: # The checkpoint's content
     "Read a checkpoint without running any code in it."
     if not Path(path).exists():
@@ -356,10 +358,11 @@ def load_checkpoint(
                                 f"run")
     try:
         with zipfile.ZipFile(path) as f: broken = f.testzip() # Compares the checksums of its parts
-        if broken is None: return torch.load(path, map_location=device, weights_only=True)
+        if broken is None: return torch.load(path, map_location='cpu', weights_only=True)
     except Exception: pass # Of many kinds; what torch advises would run the code in a stranger's file
     raise ValueError(f"{path} is damaged, or no checkpoint: put a copy back, or train the run again in another folder")
 
+# %% ../../nbs/70_run.experiment.ipynb #11ec32b9
 _KEPT = dict(model=dict, opt=dict, random=dict, epoch=int, table=list, seconds=(int,float), smooth=list, key=str)
 
 def check_checkpoint(
@@ -380,6 +383,7 @@ def check_checkpoint(
     raise ValueError(f"{path} has no {wrong[0]!r} that could be used: it is damaged, so put a copy back, or train the "
                      f"run again in another folder")
 
+# %% ../../nbs/70_run.experiment.ipynb #8244a669
 @contextmanager
 def _damage_named(path):
     "Say which file holds what cannot be used."
@@ -425,21 +429,23 @@ class RunRecorder(Callback):
             smooth.val,smooth.count = self.checkpoint['smooth']
         self.checkpoint = None
 
-    def after_epoch(self):
-        if not self.trained: return
-        took = time.perf_counter()-self.start
-        names = [o for o in self.recorder.metric_names if o!='time']
-        self.row = dict(zip(names,
-                            [self.epoch, *(float('nan') if o is None else float(o) for o in self.recorder.values[-1])]))
-        self.table.append(self.row)
-        self.seconds,self.trained = self.seconds+took,False
-        if self.keep=='best': self.keep_best()
-        if is_first():
-            with writing(self.folder/'history.csv') as temp: pd.DataFrame(self.table).to_csv(temp, index=False)
-        smooth = self.recorder.smooth_loss
-        save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch,
-                        table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads(),
-                        **({'best':self.best} if self.best else {}), **self.about)
+# %% ../../nbs/70_run.experiment.ipynb #c6b48717
+@patch
+def after_epoch(self:RunRecorder):
+    if not self.trained: return
+    took = time.perf_counter()-self.start
+    names = [o for o in self.recorder.metric_names if o!='time']
+    self.row = dict(zip(names,
+                        [self.epoch, *(float('nan') if o is None else float(o) for o in self.recorder.values[-1])]))
+    self.table.append(self.row)
+    self.seconds,self.trained = self.seconds+took,False
+    if self.keep=='best': self.keep_best()
+    if is_first():
+        with writing(self.folder/'history.csv') as temp: pd.DataFrame(self.table).to_csv(temp, index=False)
+    smooth = self.recorder.smooth_loss
+    save_checkpoint(self.folder/'checkpoint.pt', self.learn, smooth=[smooth.val, smooth.count], epoch=self.epoch,
+                    table=self.table, seconds=self.seconds, key=self.key, threads=torch.get_num_threads(),
+                    **({'best':self.best} if self.best else {}), **self.about)
 
 # %% ../../nbs/70_run.experiment.ipynb #5672fedc
 @patch
@@ -686,6 +692,7 @@ def summarize(
     return dict(miou=float(mean_iou(cm)), rare_miou=float(mean_iou(cm, rare)), pixel_acc=float(pixel_accuracy(cm)),
                 absent=int(iou.isnan().sum()), class_iou=[None if np.isnan(o) else o for o in iou.tolist()])
 
+# %% ../../nbs/70_run.experiment.ipynb #3d6686cd
 def _each_path(model):
     "Let a network answer by each of its paths in turn."
     head = get_head(model)
@@ -703,6 +710,7 @@ def _split_dl():
     from dropclass.run.distributed import split_dl
     return split_dl
 
+# %% ../../nbs/70_run.experiment.ipynb #d7b83af7
 def evaluate_paths(
     model:nn.Module, # The trained network
     dls, # DataLoaders; `dls.unbiased`, where there is one, is a second test set
@@ -718,6 +726,7 @@ def evaluate_paths(
             result[name][path] = counts,torch.stack([images[i::2].sum(0) for i in range(2)])
     return result
 
+# %% ../../nbs/70_run.experiment.ipynb #d09a0b3e
 def evaluate_full_size(
     model:nn.Module, # The trained network
     dls, # DataLoaders

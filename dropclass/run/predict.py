@@ -221,6 +221,7 @@ def _open_run(run, tuned, device):
     device = default_device() if device is None else check_device(device)
     return _Labeller(model.to(device), run.spec, show, read, label_map)
 
+# %% ../../nbs/74_run.predict.ipynb #6f04b6b8
 def _labeller(model, spec, tuned, device):
     "A run or a network, ready to label images."
     from dropclass.run.compare import read_run
@@ -236,6 +237,7 @@ def _labeller(model, spec, tuned, device):
     except ValueError: in_chans = 3 # No square picture goes through
     return _Labeller(model, spec, dict(size=None), dict(in_chans=in_chans), None)
 
+# %% ../../nbs/74_run.predict.ipynb #c91f2b11
 def _way(net, size, tile, progress):
     "The function that labels one image."
     if tile is None: return partial(predict_mask, net.model, **{**net.show, 'size':size or net.show['size']})

@@ -44,10 +44,9 @@ def best_tau(
     grid:Grid, # What a run counted
     test:str='train', # Images to choose on
     half:int|None=None, # Only the even (0) or odd (1) ones
-    rare:bool=False, # Look at the rare classes' mean instead of mIoU?
 ) -> int: # Position in `grid.taus`
     "Choose the shift with the best mean IoU."
-    scores = counts_miou(*grid.totals(test, half).unbind(-2), classes=grid.rare if rare else None)
+    scores = counts_miou(*grid.totals(test, half).unbind(-2))
     return max(range(len(grid.taus)), key=lambda i: (scores[i].nan_to_num(-1).item(), -abs(grid.taus[i])))
 
 # %% ../../nbs/76_run.tuned.ipynb #196202ef

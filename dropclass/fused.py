@@ -225,7 +225,7 @@ def full_precision(
 def sweep_band(
     band:tuple, # Small logits (k,C,w1) and labels (b,w) of a band of rows, and its row block (b,k)
     cols:list, # Its tiles, from `matrix_windows`
-    mixture:tuple|None, # Weight of a pixel's cross-entropy and of its probability of the dropped class; None: no gradient
+    mixture:tuple|None, # Weights of a pixel's cross-entropy and its probability of the dropped class; None: no gradient
     class_weight:Tensor, # Weight of each class (C,)
     options:tuple, # Are the weights other than 1, `ignore_index`, `label_smoothing`
     dropped_class:int|None=None, # The dropped class
@@ -281,7 +281,7 @@ def sweep_tiles(
 class FusedLoss(torch.autograd.Function):
     "A mixture of cross-entropy and suppression of resized logits, with the gradient computed on the way forward."
     @staticmethod
-    def forward(ctx,
+    def forward(ctx, # What is kept for the backward pass
         logits:Tensor, # Small logits (N,C,h1,w1), any float type
         target:Tensor, # Labels (N,h,w), int64
         mixture:tuple, # (a,b): a times the cross-entropy plus b times the suppression
@@ -298,7 +298,7 @@ class FusedLoss(torch.autograd.Function):
         return sum((w*o for w,o in zip(mixture, parts) if w), parts.new_zeros(())), parts
 
     @staticmethod
-    def backward(ctx,
+    def backward(ctx, # What was kept
         grad_loss:Tensor, # Gradient of the mixture, scalar
         _, # Nothing flows through the parts
     ) -> tuple: # Gradient of the small logits (N,C,h1,w1), in their type, and None for the rest

@@ -49,8 +49,8 @@ def class_labels(
     labels = {**dict(enumerate(range(len(names)))), **{o:i for i,o in enumerate(names)}}
     unknown = [o for o in classes if o not in labels]
     if not unknown: return [labels[o] for o in classes]
-    raise ValueError(f"`{option}` names {unknown[0]!r}, which is no class: give a name or a label, or several as a tuple, "
-                     f"of {', '.join(names)}")
+    raise ValueError(f"`{option}` names {unknown[0]!r}, which is no class: give a name or a label, or several as a "
+                     f"tuple, of {', '.join(names)}")
 
 # %% ../nbs/28_learner.ipynb #5c73fb12
 def add_head(

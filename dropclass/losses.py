@@ -105,6 +105,7 @@ def cross_entropy_options(
         settings = {k:getattr(loss_func, k) for k in settings}
     elif loss_func is not F.cross_entropy: return None
     reduction = settings.pop('reduction')
+    check_unit(settings['label_smoothing'], 'label_smoothing')
     if reduction!='mean': raise ValueError("A cross-entropy must have reduction='mean' to be mixed with the drop "
         f"path, got {reduction!r}: build it with reduction='mean'")
     if settings['weight'] is not None: settings['weight'] = check_weight(plain_tensor(settings['weight']))
@@ -142,6 +143,8 @@ def pixel_loss(
 ) -> Tensor: # Scalar loss; 0 where nothing counts
     "Average the (weighted, smoothed) cross-entropy of log-probabilities."
     weight,void,smooth = (options[o] for o in ('weight','ignore_index','label_smoothing'))
+    if weight is not None and weight.shape!=log_probs.shape[1:2]: raise ValueError("`weight` must have one entry for "
+        f"each of {log_probs.shape[1]} classes, got shape {tuple(weight.shape)}")
     count = pixel_count(target, weight, void, normalize)
     if weight is not None: weight = weight.to(log_probs)
     loss = F.nll_loss(log_probs, target, weight, ignore_index=void, reduction='sum')
@@ -190,15 +193,16 @@ def check_per_pixel(
     "Try a loss, and refuse one that cannot leave out the pixels of a class."
     if cross_entropy_options(loss_func) is not None: return
     void,name = get_ignore_index(loss_func),getattr(loss_func, '__name__', type(loss_func).__name__)
-    labels,out = torch.arange(256, device=device).view(1, 16, 16)%num_classes,torch.arange(256, device=device)%5==0
-    out = out.view(1, 16, 16)
-    logits = torch.randn(1, num_classes, 16, 16, generator=torch.Generator().manual_seed(0)).to(labels.device)
+    at = torch.arange(256, device=device).view(1, 16, 16)
+    labels,out = at%num_classes,at%5==0
+    logits = torch.randn(1, num_classes, 16, 16, generator=torch.Generator().manual_seed(0)).to(at.device)
     try:
         loss = copy.deepcopy(loss_func) # It may count its calls
         def masked(x):
             if void is None: return per_pixel_loss(x, labels, ~out, loss)
             return plain_tensor(loss(x, labels.masked_fill(out, void)))
-        with torch.no_grad(): whole,was,now = loss(logits, labels),masked(logits),masked(logits.where(~out[:,None], -logits))
+        with torch.no_grad():
+            whole,was,now = loss(logits, labels),masked(logits),masked(logits.where(~out[:,None], -logits))
     except Exception as e:
         left_out = "some pixels left out, one value for each other" if void is None else f"some of them {void}"
         raise ValueError(f"{name} was tried on logits (1,{num_classes},16,16) and labels (1,16,16), {left_out}, and "

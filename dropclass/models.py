@@ -66,8 +66,7 @@ class OutputAdapter(nn.Module):
     "Make a model return logits of the input's size, whatever it returned before."
     def __init__(self,
         model:nn.Module, # Any segmentation network; stays reachable as `.model`
-        # Where its output holds the logits; None looks for `out`, then `logits`, then takes the first entry
-        key:str|int|None=None,
+        key:str|int|None=None, # Where its output holds the logits; None: in `out`, in `logits`, or in the first entry
     ):
         super().__init__()
         self.model,self.key,self.aux = model,key,{}
@@ -478,7 +477,8 @@ def create_model(
     if rest and kind in _open_ended:
         return _open_ended[kind](rest, num_classes, pretrained, weights_file, in_chans=in_chans)
     build = _models[check_choice(name, [*model_names(), *(f'{o}:NAME' for o in _open_ended)], 'name')]
-    if build is not SmallSegNet: return build(num_classes, pretrained=pretrained, weights_file=weights_file, in_chans=in_chans)
+    weights = dict(pretrained=pretrained, weights_file=weights_file)
+    if build is not SmallSegNet: return build(num_classes, in_chans=in_chans, **weights)
     if pretrained or weights_file is not None: raise ValueError(
         "The network 'small' has no encoder to fill with trained weights: leave out `pretrained` and `weights_file`")
     return SmallSegNet(num_classes, in_chans=in_chans)

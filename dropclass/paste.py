@@ -54,7 +54,9 @@ class Draws(NamedTuple):
     donor:Tensor # Another image of the batch for each of them (M,); the same image in a batch of one
     race:Tensor # Uniform numbers that pick the class (M,C)
     unit:Tensor # Uniform numbers (M,5): row shift, column shift, flip, scale, component
-    def to(self, device): return Draws(*(o.to(device, non_blocking=True) for o in self))
+    def to(self,
+        device, # Where the numbers are wanted
+    ): return Draws(*(o.to(device, non_blocking=True) for o in self))
 
 def draw_numbers(
     n:int, # Images in the batch, N

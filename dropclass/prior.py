@@ -115,7 +115,7 @@ def check_offsets(
     offsets = torch.as_tensor(offsets).detach()
     if offsets.ndim==2 and offsets.shape[1]==num_classes and offsets.isfinite().all(): return offsets
     raise ValueError(f"`offsets` must be finite, one row for each shift and a number for each of the {num_classes} "
-                     f"classes that the network predicts, got shape {tuple(offsets.shape)}: make them by `class_offsets`")
+                     f"classes that the network predicts, got {tuple(offsets.shape)}: make them by `class_offsets`")
 
 # %% ../nbs/32_prior.ipynb #1b0aefcd
 def grid_confusions(
@@ -443,7 +443,6 @@ def add_bias(
     if known and own is not None and torch.equal(known[1], before): before = known[0] # Shifted before
     _unshifted[layer] = before,layer.bias.detach().clone()
 
-# %% ../nbs/32_prior.ipynb #260f7c41
 def put_back(
     layer:nn.Module, # A layer that `add_bias` has changed
 ):

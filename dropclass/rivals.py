@@ -68,8 +68,8 @@ class SegmentationLoss(nn.Module):
         if not (target!=self.ignore_index).any(): return 0*logits.sum()
         return self.inner(logits, target)
 
-    def activation(self, logits): return logits.softmax(1)
-    def decodes(self, logits): return logits.argmax(1)
+    def activation(self, logits): return logits.softmax(1) # Probabilities (N,C,h,w)
+    def decodes(self, logits): return logits.argmax(1) # Labels (N,h,w)
 
 # %% ../nbs/33_rivals.ipynb #e14a7f34
 class OhemLoss(nn.Module):

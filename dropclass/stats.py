@@ -66,7 +66,6 @@ class ClassStats(NamedTuple):
     images:Tensor # Images that hold the class (C,), int64
     present_pixels:Tensor # All pixels, void too, of the images that hold the class (C,), int64
 
-# %% ../nbs/51_stats.ipynb #e2da69a4
 def class_stats(
     ds, # Pairs (image, labels (H,W))
     num_classes:int|None=None, # Number of classes, C; None asks `ds.spec`

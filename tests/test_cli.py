@@ -239,6 +239,8 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('train', ['camvid', '--path', 'NOWHERE', '--arch', 'timm:resnet19', '--out', 'NEW'], 'resnet19'),
     ('train', ['scenes', '--seed', str(2**64), '--out', 'NEW'], '`--seed` must be at most'),
     ('train', ['scenes', '--threads', '100000', '--out', 'NEW'], '`--threads` must be at most 1024'),
+    ('train', ['scenes', '--lr', '1e40', '--out', 'NEW'], '`--lr` must be at most 1e+30'),
+    ('train', ['scenes', '--dropclass', 'detach=9', '--out', 'NEW'], "`detach` must be yes or no or none, got '9'"),
     ('train', ['scenes', '--epochs', '0'], '`--epochs` must be more than 0'),
     ('train', ['scenes', '--loss', 'foca', '--out', 'NEW'], "did you mean 'focal'"),
     ('train', ['scenes', '--loss', 'focal', '--loss-options', 'gama=2', '--out', 'NEW', *TINY],

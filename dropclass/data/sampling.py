@@ -58,6 +58,7 @@ def rarity_probs(
     if not temperature>0:
         raise ValueError(f"`temperature` must be more than 0, got {temperature}: 0.01 draws rare classes, 1 nearly "
                          f"all alike")
+    if not counts.any(): raise ValueError("No class has a pixel, so none can be drawn: check the masks")
     share = counts.double()/counts.sum()
     return ((1-share)/temperature).masked_fill(counts==0, -torch.inf).softmax(0)
 

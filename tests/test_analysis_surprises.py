@@ -106,9 +106,8 @@ def test_grad_cam_in_front_of_a_layer_that_overwrites_its_input(batch, inplace):
     for i,c in enumerate((0, 1)):
         gradient, = torch.autograd.grad(score[:,c].sum(), features, retain_graph=True)
         expected = (gradient.mean((2, 3), keepdim=True)*features).sum(1).relu().detach()
-        a,b = found[:,i].flatten(),F.interpolate(expected[:,None], size=found.shape[-2:], mode='bilinear')[:,
-                                                                                                           0].flatten()
-        assert torch.corrcoef(torch.stack([a, b]))[0,1]>.999
+        expected = F.interpolate(expected[:,None], size=found.shape[-2:], mode='bilinear')[:,0]
+        assert torch.corrcoef(torch.stack([found[:,i].flatten(), expected.flatten()]))[0,1]>.999
 
 
 def test_networks_of_one_size_are_probed_with_their_images():

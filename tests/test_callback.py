@@ -293,8 +293,8 @@ def folder(tmp_path_factory):
 
 
 def street_dls(folder, bs=4):
-    return SegmentationDataLoaders.from_label_func(folder, sorted(get_image_files(folder/'images')),
-                                                   label_func=MaskOf(folder), codes=CODES, bs=bs, num_workers=0, seed=0)
+    files,options = sorted(get_image_files(folder/'images')),dict(codes=CODES, bs=bs, num_workers=0, seed=0)
+    return SegmentationDataLoaders.from_label_func(folder, files, label_func=MaskOf(folder), **options)
 
 
 class MaskOf:
@@ -595,8 +595,8 @@ def test_lookahead_keeps_its_copies_in_place():
         def __init__(self):
             super().__init__()
             self.late = nn.Conv2d(8, 8, 1, bias=False)
-        def forward(self, x): return F.interpolate(self.classifier(self.late(self.backbone(x))), size=x.shape[-2:],
-                                                   mode='bilinear')
+        def forward(self, x):
+            return F.interpolate(self.classifier(self.late(self.backbone(x))), size=x.shape[-2:], mode='bilinear')
     learn = toy_learner(model=Late(), opt_func=ranger)
     learn.fit(2)
     late = learn.model.late.weight.detach().clone()
@@ -654,8 +654,8 @@ def test_gradient_clipping_sees_the_total():
     "The clipped norm is that of all gradients, the block's included."
     class Norm(Callback):
         order = GradientClip.order+1
-        def before_step(self): self.norms.append(torch.stack([p.grad.norm()
-                                                              for p in self.model.parameters()]).norm().item())
+        def before_step(self):
+            self.norms.append(torch.stack([p.grad.norm() for p in self.model.parameters()]).norm().item())
     norm = Norm()
     norm.norms = []
     learn = toy_learner()

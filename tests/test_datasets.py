@@ -66,8 +66,7 @@ def test_voc_is_what_torchvision_reads(copies):
         h,w = mask.height,mask.width
         assert torch.equal(y[:h,:w].long(), torch.from_numpy(np.array(mask)).long())
         assert torch.equal(x[:,:h,:w], read_image(image))
-        assert (y[h:]==VOID).all() and (y[:,w:]==VOID).all() and (y[:h,
-                                                                    :w]==VOID).any(), "the rim and the canvas are void"
+        assert (y[h:]==VOID).all() and (y[:,w:]==VOID).all() and (y[:h,:w]==VOID).any(), "rim and canvas are void"
 
 
 def test_sbd_is_what_torchvision_reads(copies):

@@ -39,9 +39,8 @@ def close(a, b, tol=1e-12):
 @st.composite
 def batches(draw):
     "Small logits of both paths, labels of another size with void, the dropped class (or None), and a tile."
-    C,N,size,out_size = draw(st.integers(2, 6)),draw(st.integers(1, 3)),(draw(side),
-                                                                         draw(side)),(draw(st.integers(1, 24)),
-                                                                                      draw(st.integers(1, 24)))
+    C,N,large = draw(st.integers(2, 6)),draw(st.integers(1, 3)),st.integers(1, 24)
+    size,out_size = draw(st.tuples(side, side)),draw(st.tuples(large, large))
     gen = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     scale = draw(st.sampled_from([1., 5., 300.]))
     x,drop_x = (scale*torch.randn(2, N, C, *size, generator=gen, dtype=torch.float64)).unbind()
@@ -71,8 +70,8 @@ def test_it_is_the_literal_form(batch, data, align_corners, normalize):
     x,drop_x,target,z,tile = batch
     options = data.draw(losses(x.shape[1]))
     if options['ignore_index']==0: target = target.masked_fill(target==VOID, 0)
-    ce,mask,how = nn.CrossEntropyLoss(**options),keep_mask(x.shape[1], z),dict(normalize=normalize,
-                                                                               align_corners=align_corners, **options)
+    ce,mask = nn.CrossEntropyLoss(**options),keep_mask(x.shape[1], z)
+    how = dict(normalize=normalize, align_corners=align_corners, **options)
     up,up_drop = (resize(o, target, align_corners) for o in (x, drop_x))
 
     want = segmentation_loss(up, target, ce, normalize=normalize)

@@ -44,8 +44,8 @@ def test_equals_torchmetrics(seed, num_classes, absent):
 def test_class_only_predicted_has_iou_zero():
     "A class that is predicted but never true counts as 0, as in torchmetrics."
     pred,target = torch.tensor([[0,1,2]]),torch.tensor([[0,1,1]])
-    jaccard = torchmetrics.classification.MulticlassJaccardIndex(4, ignore_index=VOID, average='none',
-                                                                 zero_division=torch.nan)
+    options = dict(ignore_index=VOID, average='none', zero_division=torch.nan)
+    jaccard = torchmetrics.classification.MulticlassJaccardIndex(4, **options)
     iou = class_iou(confusion_matrix(pred, target, 4))
     torch.testing.assert_close(iou, jaccard(pred, target).double(), equal_nan=True)
     assert iou[2]==0 and iou[3].isnan()

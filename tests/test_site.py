@@ -55,8 +55,8 @@ def prose(path):
 def links(path):
     "Everything a page links to or embeds, in text and in stored tables."
     text = re.sub(r'`[^`\n]*`', lambda m: m[0] if '](' not in m[0] else '', prose(path))
-    html = ''.join(''.join(o['data']['text/html']) for _,_,
-                   outputs in cells(path) for o in outputs if 'text/html' in o.get('data', {}))
+    shown = [o.get('data', {}) for _,_,outputs in cells(path) for o in outputs]
+    html = ''.join(''.join(o.get('text/html', '')) for o in shown)
     return re.findall(r'\]\(([^)\s]+)(?:\s+"[^"]*")?\)', text)+re.findall(r'(?:href|src)="([^"]+)"', text+html)
 
 
@@ -70,9 +70,8 @@ def slug(heading):
 def anchors(path):
     "All anchors of a page: headings, and ids given by hand."
     text = prose(path)
-    return {slug(o)
-            for o in re.findall(r'^#{1,6}\s+(.+?)\s*#*$', text, flags=re.MULTILINE)} | set(re.findall(r'\{#([\w-]+)',
-                                                                                                      text))
+    headings = re.findall(r'^#{1,6}\s+(.+?)\s*#*$', text, flags=re.MULTILINE)
+    return {*map(slug, headings), *re.findall(r'\{#([\w-]+)', text)}
 
 
 def broken(path):
@@ -223,11 +222,9 @@ def shown(path):
 @per_notebook
 def test_something_to_see(path):
     "Every page has a picture, a plot or a table; the list of exceptions holds no page that has one."
-    sees = bool(re.search(r'^\|[ :]*-+|^!\[', prose(path), flags=re.MULTILINE)) or any('image/png' in o
-                                                                                       or 'image/jpeg' in o
-                                                                                       or 'image/svg+xml' in o
-                                                                                       or 'text/html' in o
-                                                                                       for _,o in shown(path))
+    kinds = {'image/png', 'image/jpeg', 'image/svg+xml', 'text/html'}
+    written = re.search(r'^\|[ :]*-+|^!\[', prose(path), flags=re.MULTILINE)
+    sees = bool(written) or any(kinds & {*o} for _,o in shown(path))
     assert sees or name(path) in NOTHING_TO_SEE, 'no picture, plot or table'
     assert not sees or name(path) not in NOTHING_TO_SEE, 'take it off the list'
 

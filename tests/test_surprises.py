@@ -60,14 +60,14 @@ class Late(ToyNet):
     def __init__(self):
         super().__init__()
         self.late,self.aux = nn.Conv2d(8, 8, 1, bias=False),nn.BatchNorm2d(8)
-    def forward(self, x): return F.interpolate(self.classifier(self.aux(self.late(self.backbone(x)))),
-                                               size=x.shape[-2:], mode='bilinear')
+    def forward(self, x):
+        scores = self.classifier(self.aux(self.late(self.backbone(x))))
+        return F.interpolate(scores, size=x.shape[-2:], mode='bilinear')
 
 
 def test_the_optimizer_has_one_order_whenever_the_callback_comes(tmp_path):
     "fastai loads an optimizer's state by position."
-    first,then = toy_learner(model=Late(), path=tmp_path),toy_learner(model=Late(), path=tmp_path,
-                                                                      cbs=DropClassCallback())
+    first,then = (toy_learner(model=Late(), path=tmp_path, cbs=o) for o in (None, DropClassCallback()))
     first.fit(1, cbs=DropClassCallback())
     first.save('late')
     then.load('late', weights_only=False)
@@ -102,7 +102,7 @@ class Viewed(ToyNet):
 @pytest.mark.parametrize('make,options,route',
                          [(ToyNet, {}, 'fused'), (Temperature, {}, 'stacked: the tail learns'),
                           (Refined, dict(classifier='classifier'), 'stacked: the tail needs all channels'),
-                                                (Viewed, {}, 'stacked: the tail needs all channels')])
+                          (Viewed, {}, 'stacked: the tail needs all channels')])
 def test_only_a_tail_that_stays_a_resize_is_left_out(make, options, route):
     learn,cb = toy_learner(model=make()),DropClassCallback(**options)
     learn.fit(1, cbs=cb)
@@ -297,13 +297,14 @@ class Drops(ToyNet):
     def __init__(self):
         super().__init__()
         self.drop = nn.Dropout2d(.1)
-    def forward(self, x): return F.interpolate(self.drop(self.classifier(self.backbone(x))), size=x.shape[-2:],
-                                               mode='bilinear')
+    def forward(self, x):
+        return F.interpolate(self.drop(self.classifier(self.backbone(x))), size=x.shape[-2:], mode='bilinear')
 
 
 class DropsInAFunction(ToyNet):
-    def forward(self, x): return F.interpolate(F.dropout2d(self.classifier(self.backbone(x)), .5, self.training),
-                                               size=x.shape[-2:], mode='bilinear')
+    def forward(self, x):
+        scores = F.dropout2d(self.classifier(self.backbone(x)), .5, self.training)
+        return F.interpolate(scores, size=x.shape[-2:], mode='bilinear')
 
 
 @pytest.mark.parametrize('make', [Overwrites, Drops, DropsInAFunction])
@@ -322,8 +323,8 @@ def test_looking_at_the_tail_draws_no_random_numbers():
     model,(x, y) = Before().train(),toy_batch()
     add_dropclass(model)
     before = torch.get_rng_state()
-    assert resize_behind(model, (x[:1],), y.shape[1:])=={'align_corners':False} and torch.equal(torch.get_rng_state(),
-                                                                                                before)
+    assert resize_behind(model, (x[:1],), y.shape[1:])=={'align_corners':False}
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 class Beside(ToyNet):
@@ -335,9 +336,8 @@ class Beside(ToyNet):
 
 
 def test_what_is_added_keeps_the_closed_form():
-    assert inspect_classifier(Beside(), 'classifier', 4).form=='closed form' and inspect_classifier(Temperature(),
-                                                                                                    'classifier',
-                                                                                                    4).form=='autograd'
+    forms = [inspect_classifier(o(), 'classifier', 4).form for o in (Beside, Temperature)]
+    assert forms==['closed form', 'autograd']
 
 
 class Gated(ToyNet):
@@ -556,8 +556,8 @@ class Lora(nn.Module):
     "A convolution with an adapter beside it."
     def __init__(self, base, rank=2, scale=4.):
         super().__init__()
-        self.base,self.a,self.b,self.scale = base,nn.Conv2d(8, rank, 1, bias=False),nn.Conv2d(rank, 4, 1,
-                                                                                              bias=False),scale
+        self.base,self.scale = base,scale
+        self.a,self.b = nn.Conv2d(8, rank, 1, bias=False),nn.Conv2d(rank, 4, 1, bias=False)
     def forward(self, x): return self.base(x)+self.scale*self.b(self.a(x))
 
 

@@ -24,6 +24,7 @@ from dropclass.surgery import (add_dropclass, find_classifier, get_head, inspect
 from dropclass.importance import resize_adjoint
 from dropclass.losses import dropclass_loss
 from dropclass.models import OutputAdapter, create_model
+from dropclass.prior import ShiftedOutput, class_offsets, shift_classes, unshift_classes
 
 C = 4 # Classes
 table = Path(__file__).parents[1]/'results/networks.csv'
@@ -136,7 +137,7 @@ small = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, interme
 pyramid = dict(depths=[1,1,1,1], hidden_sizes=[8,16,24,32])
 unet = dict(channels=(8, 12, 16), strides=(2, 2))
 swin = dict(feature_size=12, depths=(1,1,1,1), num_heads=(1,1,1,1))
-square,cube,brick = (2, 1, 64, 64),(2, 1, 32, 32, 32),(2, 1, 32, 32, 64)
+square,cube,brick = (2, 1, 64, 64),(2, 1, 16, 16, 32),(1, 1, 32, 32, 64)
 _tv,_fa,_smp,_hf,_mo = 'torchvision','fastai','segmentation_models_pytorch','transformers','MONAI'
 _seg,_last = 'segmentation_head.0','layers.12.0'
 
@@ -249,8 +250,8 @@ def brute_force(model, names, x):
     layers,seen = [model.get_submodule(o) for o in names],{}
     def note(m, args, out): seen[m] = args[0],out
     cut = lambda m,args: args[0].detach().requires_grad_()
-    handles = [m.register_forward_hook(note) for m in layers]+[m.register_forward_pre_hook(cut)
-                                                               for m in layers if len(names)>1]
+    handles = [m.register_forward_hook(note) for m in layers]
+    if len(names)>1: handles += [m.register_forward_pre_hook(cut) for m in layers]
     try: out = main_output(model(x))
     finally:
         for o in handles: o.remove()
@@ -317,10 +318,44 @@ def check_eq1(model, names, x, corners):
     relative = lambda a,b: ((a-b).abs().max()/b.abs().max()).item()
     if head.form=='autograd': return relative(found, expected),float('nan')
     mean = expected.flatten(3).sum(3)
-    assert relative(found.expand_as(mean),
-                    mean)<(1e-10 if all(getattr(o, 'kernel_size', (1,))[0]==1 for o in layers) else .2)
-    return relative(closed_form(layers, tail_map(size, tuple(x.shape[2:]), corners)).detach(),
-                    expected),F.cosine_similarity(found.expand_as(mean), mean, dim=2).min().item()
+    found = found.expand_as(mean)
+    assert relative(found, mean)<(1e-10 if all(getattr(o, 'kernel_size', (1,))[0]==1 for o in layers) else .2)
+    closed = closed_form(layers, tail_map(size, tuple(x.shape[2:]), corners)).detach()
+    return relative(closed, expected),F.cosine_similarity(found, mean, dim=2).min().item()
+
+
+weights = torch.tensor([.1, .9, 2., 8.])
+offsets = class_offsets(weights, .75)
+at_output = {'U-Net resnet18, BatchNorm last', 'U-Net resnet18, y_range', 'FPN, sigmoid last',
+             'PixelShuffle, module named', 'PixelShuffle, convolution named',
+             'UNet 2D, residual units', 'UNet 3D, residual units'} # Behind the last two stands a sum
+
+
+def logits(model, x):
+    with torch.no_grad(): return main_output(model(x)).clone()
+
+
+def over_pixels(x): return offsets.to(x).view(-1, *[1]*(x.dim()-2))
+
+
+def shifted_by_offsets(after, before):
+    "Do two predictions differ by the offsets, to 1e-6 of their size?"
+    return ((after-before-over_pixels(before)).abs().max()<=1e-6*max(1, after.abs().max())).item()
+
+
+def check_shift(model, net, x):
+    "Shifted bias = shifted logits, in a network that is the same but for one vector; undone to the bit."
+    disturb_norms(model) # A fresh BatchNorm changes nothing
+    before,state,pieces = logits(model, x),{k:v.clone() for k,v in model.state_dict().items()},list(model.modules())
+    shifted = shift_classes(model, offsets, net.classifier, probe=x)
+    assert shifted_by_offsets(logits(shifted, x), before)
+    assert isinstance(shifted, ShiftedOutput)==(net.name in at_output)
+    if shifted is model:
+        assert list(model.modules())==pieces
+        changed = [k for k,v in model.state_dict().items() if k not in state or not torch.equal(v, state[k])]
+        assert len(changed)==1 and changed[0].endswith('bias')
+    assert unshift_classes(shifted) is model and torch.equal(logits(model, x), before)
+    assert list(model.state_dict())==list(state) and all(torch.equal(v, state[k]) for k,v in model.state_dict().items())
 
 
 def kernel_of(layer):
@@ -331,8 +366,8 @@ def kernel_of(layer):
 
 @pytest.mark.parametrize('net', [pytest.param(o, marks=o.marks, id=str(o)) for o in nets])
 def test_network(net):
-    """Find, train a step, predict, load a plain checkpoint, take out: the logits are the old ones to the bit. Then Eq.
-    (1)."""
+    """Find, train a step, predict, load a plain checkpoint, take out: the logits are the old ones to the bit. Then the
+    class bias, and Eq. (1)."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -365,13 +400,14 @@ def test_network(net):
     with torch.no_grad(): assert torch.equal(main_output(model(x)), before)
     assert list(model.state_dict())==list(state) and get_head(model) is None
 
+    if net.name!='Unet, softmax last': check_shift(model, net, x) # Probabilities are refused, see test_prior
     error,cosine = check_eq1(model, names, x, net.corners)
     assert error<1e-10
     assert not cosine<.9
-    rows[str(net)] = dict(zip(fields,
-                              [net.library, net.name, ' + '.join(names), kernel_of(layer), facts.follows, facts.form,
-        'stacked' if facts.stacks else 'tail runs twice', 'signed' if facts.signed else '>= 0', f'{error:.0e}',
-        '' if cosine!=cosine else f'{cosine:.4f}']))
+    paths,features = 'stacked' if facts.stacks else 'tail runs twice','signed' if facts.signed else '>= 0'
+    values = [net.library, net.name, ' + '.join(names), kernel_of(layer), facts.follows, facts.form, paths, features,
+              f'{error:.0e}', '' if cosine!=cosine else f'{cosine:.4f}']
+    rows[str(net)] = dict(zip(fields, values))
 
 
 # ---- more than one row each
@@ -434,9 +470,7 @@ def test_norm_behind_counts_with_running_statistics():
     with head.dropping(torch.tensor([1.,0.,1.,1.])): out = model(x)
     assert (seen[0]-expected.detach()[None,:,:,None,None]).abs().max()<1e-10*expected.abs().max()
     assert norm.num_batches_tracked==before+2, "once per path, and not for the importance"
-    assert out[:2].mean((0,2,3)).allclose(norm.bias) and out[2:].mean((0,2,
-                                                                       3)).allclose(norm.bias), (
-        "each path has batch statistics of its own")
+    for o in out.split(2): assert o.mean((0,2,3)).allclose(norm.bias), "each path has batch statistics of its own"
 
 
 def test_tail_is_forgotten_after_an_error():

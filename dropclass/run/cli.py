@@ -226,7 +226,7 @@ def demo(
 
 # %% ../../nbs/72_run.cli.ipynb #c986534a
 def in_command(
-) -> bool: # Was one of the functions below started from the command line?
+) -> bool: # Was one of the six commands started from the command line?
     "Tell a command of ours from a call in Python, also where another command runs us."
     return any(is_cli(globals().get(o)) for o in ('train','compare','predict','demo','audit','tune') if o in globals())
 

@@ -198,8 +198,7 @@ class Config:
     method:str='dropclass'
     # Network: small, hrnet_v1_w18, hrnet_v2_w18, deeplabv3_mobilenetv3, timm:NAME (any encoder), unet:BACKBONE
     arch:str='small'
-    # Class weights of the loss: none, median (frequency balancing), or published: segnet (CamVid), hrnet (Cityscapes)
-    weights:str='none'
+    weights:str='none' # Class weights: none, median (frequency), or published, segnet (CamVid) or hrnet (Cityscapes)
     epochs:int=20 # Epochs of the whole run
     bs:int=8 # Images in a batch; of each process, if there are several
     size:tuple|None=None # Height and width of the images in pixels, such as 64x96; the data set's own if left out
@@ -215,8 +214,7 @@ class Config:
     num_workers:int=0 # Processes that load images; 0: none for images in memory, else one a core, at most 8
     threads:int=0 # CPU threads; 0 leaves PyTorch's choice
     dropclass:dict=field(default_factory=dict) # Options of the method: alpha=3,lam=hold:0.8,predict=plain
-    # Options of the data set: crop=64x96,scale=0.5:2 for all, bias=0.95 for scenes; --list-options shows them
-    data_options:dict=field(default_factory=dict)
+    data_options:dict=field(default_factory=dict) # Options of the data set: crop=64x96,scale=0.5:2; see --list-options
     loss:str='ce' # Pixel loss: ce, focal, dice_ce, lovasz or ohem
     loss_options:dict=field(default_factory=dict) # Options of the loss: gamma=3 for focal, thresh=0.7 for ohem
     resample:dict=field(default_factory=dict) # How often images with a class come in an epoch: motorcycle=2

@@ -110,6 +110,19 @@ class DropClassHead(StandIn):
         "Copies, pickles and exports are disarmed."
         return {**self.__dict__, 'step':None, 'warned':False}
 
+# %% ../nbs/20_head.ipynb #d8074c99
+@patch
+@contextlib.contextmanager
+def dropping(self:DropClassHead,
+    keep_mask:Tensor, # Mask (C,), 1 = kept, 0 = dropped; a list or array will do
+    lam:float|None=None, # Weight of the drop path's loss in this step; from 0.5 on the drop path counts as trained
+    **kwargs, # More that `arm` takes: `only` one path, and fields of `DropStep`
+): # The `DropStep`; the head looks at what was armed before when the block ends
+    "Return both paths, stacked, from every training forward inside the context; or just one."
+    before = self.step
+    try: yield self.arm(keep_mask, lam, **kwargs)
+    finally: self.step = before
+
 # %% ../nbs/20_head.ipynb #82c88e8a
 @dataclass
 class DropStep:
@@ -143,19 +156,6 @@ def arm(self:DropClassHead,
     if lam is not None and lam>=.5: self.mark_trained()
     self.step = DropStep(keep_mask, path, **kwargs)
     return self.step
-
-# %% ../nbs/20_head.ipynb #d8074c99
-@patch
-@contextlib.contextmanager
-def dropping(self:DropClassHead,
-    keep_mask:Tensor, # Mask (C,), 1 = kept, 0 = dropped; a list or array will do
-    lam:float|None=None, # Weight of the drop path's loss in this step; from 0.5 on the drop path counts as trained
-    **kwargs, # More that `arm` takes: `only` one path, and fields of `DropStep`
-): # The `DropStep`; the head looks at what was armed before when the block ends
-    "Return both paths, stacked, from every training forward inside the context; or just one."
-    before = self.step
-    try: yield self.arm(keep_mask, lam, **kwargs)
-    finally: self.step = before
 
 # %% ../nbs/20_head.ipynb #359b4403
 @patch(as_prop=True)

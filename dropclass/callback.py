@@ -36,7 +36,7 @@ from .surgery import get_head, remove_dropclass, resize_behind
 # %% ../nbs/30_callback.ipynb #c0a10019
 _OPTIONS = ('lam','drop_prob','alpha','never_drop','masked_weights','normalize','fused','seed', *HEAD_OPTIONS,
             'start','classifier','probe') # The last three count when the head is added
-_CHOICES = {**HEAD_CHOICES, 'normalize':('valid','all'), 'fused':(True,False,'always')}
+_CHOICES = {**HEAD_CHOICES, 'normalize':('valid','all'), 'fused':(True,False,'always'), 'detach':(True,False)}
 
 def check_options(
     options:dict, # Options of `DropClassCallback` and of the head

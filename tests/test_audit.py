@@ -1,11 +1,9 @@
 "The audit: reports of networks, Learners, runs and weights files; bad input; the page in a browser."
 import html.parser
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -161,8 +159,8 @@ def test_wrong_masks_are_named_first(world, tmp_path):
     page,text,plain = read(found, tmp_path)
     named = json.loads(plain)['doubtful']
     assert named[0]['image']=='image 11' and len(named)==5 and not {'image 0','image 1'}&{o['image'] for o in named}
-    assert re.search(r'look at first.*?\| image 11 \|', text, re.S) and re.search('look at first.*?image 11<', page,
-                                                                                  re.S)
+    assert re.search(r'look at first.*?\| image 11 \|', text, re.S)
+    assert re.search('look at first.*?image 11<', page, re.S)
 
 def test_same_audit_same_page(batches, tmp_path):
     pages = [audit(net(), batches, HARBOUR, progress=False).report(tmp_path/f'{i}.html')[0].read_bytes()
@@ -374,8 +372,8 @@ def test_images_of_several_sizes(tmp_path):
     assert '16x16, 24x24, 32x32 pixels' in found.report(tmp_path/'a.md')[0].read_text()
     small,model = [(x, y[:,::2,::2]) for x,y in data[:2]],ToyNet(4)
     own = audit(model, small, 4, progress=False)
-    assert own.sizes==('16x16 (labels 8x8)','24x24 (labels 12x12)') and torch.equal(own.context.confusion,
-                                                                                    evaluate(model, small, 4))
+    assert own.sizes==('16x16 (labels 8x8)','24x24 (labels 12x12)')
+    assert torch.equal(own.context.confusion, evaluate(model, small, 4))
 
 def test_no_images():
     with pytest.raises(ValueError, match='`data` is empty'): audit(ToyNet(4), [], 4, progress=False)
@@ -504,8 +502,8 @@ def test_two_networks_are_compared_on_classes_that_occur():
         def forward(self, x):
             said = labels.clone()
             if self.stray: said[0,0,0] = 2
-            return 9*torch.nn.functional.one_hot(said, 3).movedim(-1, 1).float().repeat(len(x), 1, 1,
-                                                                                        1)+0*super().forward(x).mean()
+            logits = 9.*nn.functional.one_hot(said, 3).movedim(-1, 1).expand(len(x), -1, -1, -1)
+            return logits+0*super().forward(x).mean()
     found = audit(Fixed(False), [(torch.rand(1, 3, 16, 16), labels)], ['road','car','boat'], other=Fixed(True),
                   labels=('A','B'), progress=False)
     said = found.to_dict()
@@ -519,25 +517,15 @@ def test_run_and_weights_side_by_side(runs):
 
 # ---- the command
 
-@pytest.fixture(scope='module')
-def command(tmp_path_factory):
-    "Run the command in a process of its own, as its console script does."
-    script = tmp_path_factory.mktemp('bin')/'dropclass-audit.py'
-    script.write_text("import sys\nfrom dropclass.run.cli import audit\nif __name__=='__main__': sys.exit(audit())\n")
-    env = {**os.environ, 'OMP_NUM_THREADS':'1',
-           'PYTHONPATH':os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH', '')])}
-    return lambda *args: subprocess.run([sys.executable, str(script), *map(str, args)], capture_output=True, text=True,
-                                        env=env)
-
-def test_command(command, runs, tmp_path):
-    res = command(runs/'plain', '--max-images', 4, '--out', tmp_path/'a')
-    assert res.returncode==0, res.stderr
-    assert 'the weakest classes' in res.stdout.lower() and 'looked at 4 of 6 images' in res.stdout
+def test_command(runs, tmp_path, command):
+    code,out,err = command('audit', runs/'plain', '--max-images', 4, '--out', tmp_path/'a')
+    assert code==0, err
+    assert 'the weakest classes' in out.lower() and 'looked at 4 of 6 images' in out
     assert {o.name for o in (tmp_path/'a').glob('report.*')}=={'report.html','report.md','report.json'}
-    res = command(tmp_path/'nothing')
-    assert res.returncode==2 and res.stderr.count('\n')==1 and 'is no run' in res.stderr
-    res = command('--model', runs/'plain'/'weights.safetensors', '--data', 'scenes')
-    assert res.returncode==2 and 'needs an architecture' in res.stderr
+    code,_,err = command('audit', tmp_path/'nothing')
+    assert code==2 and err.count('\n')==1 and 'is no run' in err
+    code,_,err = command('audit', '--model', runs/'plain'/'weights.safetensors', '--data', 'scenes')
+    assert code==2 and 'needs an architecture' in err
 
 # ---- the page in a browser
 

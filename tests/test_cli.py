@@ -1,5 +1,4 @@
 "The commands as a user meets them: processes, exit codes, signals."
-import io
 import json
 import os
 import runpy
@@ -8,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import dropclass.run.cli
+from conftest import COMMANDS
 
-COMMANDS = ('train', 'compare', 'predict', 'demo', 'audit', 'tune')
-# What pip writes for a console script
-SCRIPT = "import sys\nfrom dropclass.run.cli import {0}\nif __name__=='__main__': sys.exit({0}())\n"
 TINY = ['--bs', '4', '--size', '32x48', '--threads', '1', '--data-options', 'n_train=8,n_valid=4']
 ENV = {**os.environ, 'OMP_NUM_THREADS':'1',
        'PYTHONPATH':os.pathsep.join([str(Path(dropclass.run.cli.__file__).parents[1]),
                                      os.environ.get('PYTHONPATH', '')])}
-
-
-@pytest.fixture(scope='module')
-def scripts(tmp_path_factory):
-    "Folder of the console scripts."
-    folder = tmp_path_factory.mktemp('bin')
-    for o in COMMANDS: (folder/f'dropclass-{o}.py').write_text(SCRIPT.format(o))
-    return folder
 
 
 @pytest.fixture(scope='module')
@@ -44,19 +32,6 @@ def start(scripts):
         command = [sys.executable, str(scripts/f'dropclass-{name}.py'), *map(str, args)]
         return subprocess.Popen(command, env=ENV, text=True, **pipes, **kwargs)
     return _start
-
-
-@pytest.fixture(scope='module')
-def command(scripts):
-    "Run a command as a script in this process, which has fastai already: (exit code, stdout, stderr)."
-    def _run(name, *args):
-        out,err = io.StringIO(),io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-            patch.setattr(sys, 'argv', [f'dropclass-{name}', *map(str, args)])
-            with pytest.raises(SystemExit) as e:
-                runpy.run_path(str(scripts/f'dropclass-{name}.py'), run_name='__main__')
-        return e.value.code or 0, out.getvalue(), err.getvalue()
-    return _run
 
 
 def finish(process, timeout=600):
@@ -264,6 +239,8 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('train', ['camvid', '--path', 'NOWHERE', '--arch', 'timm:resnet19', '--out', 'NEW'], 'resnet19'),
     ('train', ['scenes', '--seed', str(2**64), '--out', 'NEW'], '`--seed` must be at most'),
     ('train', ['scenes', '--threads', '100000', '--out', 'NEW'], '`--threads` must be at most 1024'),
+    ('train', ['scenes', '--lr', '1e40', '--out', 'NEW'], '`--lr` must be at most 1e+30'),
+    ('train', ['scenes', '--dropclass', 'detach=9', '--out', 'NEW'], "`detach` must be yes or no or none, got '9'"),
     ('train', ['scenes', '--epochs', '0'], '`--epochs` must be more than 0'),
     ('train', ['scenes', '--loss', 'foca', '--out', 'NEW'], "did you mean 'focal'"),
     ('train', ['scenes', '--loss', 'focal', '--loss-options', 'gama=2', '--out', 'NEW', *TINY],
@@ -297,7 +274,7 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('demo', ['--n-test', '-1', '--out', 'NEW'], 'at least 1 scene'),
     ('demo', ['--size', 'big'], "got 'big'"),
 ])
-def test_errors_are_one_line_and_exit_code_2(runs, command, tmp_path, monkeypatch, name, args, says):
+def test_errors_are_one_line_and_exit_code_2(runs, scripts, command, tmp_path, monkeypatch, name, args, says):
     monkeypatch.chdir(tmp_path)
     fill = lambda o: o.replace('RUNS', str(runs[0]))
     code,_,err = command(name, *map(fill, args))
@@ -305,7 +282,7 @@ def test_errors_are_one_line_and_exit_code_2(runs, command, tmp_path, monkeypatc
     assert not list(tmp_path.rglob('*.part')) and not (tmp_path/'NEW'/'masks').exists()
     with pytest.raises((ValueError, OSError)): # `--debug` lets the error through
         monkeypatch.setattr(sys, 'argv', [name, *map(fill, args), '--debug'])
-        runpy.run_path(str(_script(name)), run_name='__main__')
+        runpy.run_path(str(scripts/f'dropclass-{name}.py'), run_name='__main__')
 
 
 @pytest.mark.parametrize('name,args', [
@@ -323,12 +300,6 @@ def test_an_empty_value_is_refused(runs, command, tmp_path, monkeypatch, name, a
     code,_,err = command(name, *[o.replace('RUNS', str(runs[0])) for o in args])
     assert code==2 and err.startswith('Error: ') and ' is empty, as ' in err and len(err.splitlines())==1
     assert not any(tmp_path.iterdir())
-
-
-def _script(name):
-    path = Path('script.py').absolute()
-    path.write_text(SCRIPT.format(name))
-    return path
 
 
 def test_a_diverged_run_is_an_error(command, tmp_path):

@@ -376,9 +376,11 @@ def option_kinds(
 ) -> dict: # Field with options -> option -> what it may be
     "Find out what the options of a run may be."
     from dropclass.analysis.ablations import ABLATIONS
+    from dropclass.head import HEAD_OPTIONS, DropClassHead
+    head = {o:annotation_of(DropClassHead, o) for o in (*HEAD_OPTIONS,'start')}
     kinds = {k:{o:annotation_of(f, o) for o,f in known.items()} for k,known in takers(settings).items()}
     chosen = {k:type(next(iter(o))) for k,o in ABLATIONS.items()} | dict(draw=str|list, both_paths=bool)
-    if settings['method'] in ('dropclass','no_drop'): kinds['dropclass'] = {**chosen, **kinds['dropclass']}
+    if settings['method'] in ('dropclass','no_drop'): kinds['dropclass'] = {**head, **chosen, **kinds['dropclass']}
     return {**kinds, 'loss_options':_LOSS_KINDS}
 
 # %% ../../nbs/72_run.cli.ipynb #efebf26d

@@ -127,7 +127,7 @@ WEIGHTS = ('none','median','segnet','hrnet')
 _CHOICES = dict(data=DATA, method=METHODS, weights=WEIGHTS, optimizer=('sgd','adamw'), precision=('float32','bf16'),
                 schedule=('poly','onecycle','constant'), sampling=('uniform','rare_class'), keep=('last','best'))
 _ABOVE_0 = ('epochs','bs','lr','temperature','valid_every')
-_MOST = dict(num_workers=1024, threads=1024, seed=2**63-1)
+_MOST = dict(num_workers=1024, threads=1024, seed=2**63-1, lr=1e30, wd=1e30)
 
 def _as_json(o):
     "Write options as they will be read back: lists for tuples, text for keys."

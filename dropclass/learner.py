@@ -40,6 +40,7 @@ def class_count(
     try: return get_c(dls) or None
     except (AttributeError, TypeError, IndexError): return None
 
+# %% ../nbs/28_learner.ipynb #f750dfae
 def class_labels(
     classes, # Classes, by name or label
     names:list, # Names of all classes

@@ -313,7 +313,7 @@ def drop_path_losses(
     target = masked_target(target, z, options['ignore_index'])
     return pixel_loss(log_probs, target, options, normalize), mean_prob(log_probs, z)
 
-# %% ../nbs/12_losses.ipynb #1fccd09b
+# %% ../nbs/12_losses.ipynb #5b811d9d
 def check_alpha(
     alpha:float, # Weight of the suppression term
 ) -> float: # The same number as a float
@@ -321,6 +321,7 @@ def check_alpha(
     if alpha>=0: return float(alpha)
     raise ValueError(f"`alpha` must be at least 0, got {alpha}: 10 is the paper's, 0 turns the suppression off")
 
+# %% ../nbs/12_losses.ipynb #1fccd09b
 def total_loss(
     plain:Tensor|None, # Loss of the plain path, Eq. (5), scalar; None if `lam` is 1
     masked:Tensor|None, # Masked loss of the drop path, Eq. (6), scalar; None if `lam` is 0

@@ -175,6 +175,7 @@ def check_batch(
                          f"{tuple(labels.shape)}: resize one of them")
     return images,labels
 
+# %% ../nbs/31_paste.ipynb #f27bce03
 # How many numbers an option is, and between which limits
 _LIMITS = dict(shift=(2, 0, 1), flip=(1, 0, 1), scale=(2, .1, 10), max_share=(1, 0, 1), feather=(1, 0, 64))
 

@@ -229,7 +229,6 @@ def score(self:PriorTuning,
     "Apply the metric."
     return self.metric(*totals.double().unbind(-2))
 
-# %% ../nbs/32_prior.ipynb #a3e56763
 @patch
 def choose(self:PriorTuning,
     scores:Tensor, # One score for each tau (T,)

@@ -172,7 +172,7 @@ def _smp_loss(name, ignore_index, weight=None, **options):
     if weight is not None: options['class_weights'] = weight
     return getattr(losses, name)('multiclass', ignore_index=ignore_index, **options)
 
-# %% ../nbs/33_rivals.ipynb #0500fb2b
+# %% ../nbs/33_rivals.ipynb #71ed1e24
 _KINDS = dict(focal=(partial(_smp_loss, 'FocalLoss'), ('gamma','alpha')), dice_ce=(DiceCELoss, ('dice_weight',)),
               lovasz=(partial(_smp_loss, 'LovaszLoss'), ('per_image',)), ohem=(OhemLoss, ('thresh','min_kept')),
               logit_adjusted=(LogitAdjustedLoss, ('tau',)), blv=(VariedLogitsLoss, ('sigma',)))
@@ -184,6 +184,7 @@ def _check_loss_option(name, value):
     if value is None or name=='tau' and math.isfinite(value) or 0<=value<math.inf: return
     raise ValueError(f"`{name}` must be a finite number{'' if name=='tau' else ' of at least 0'}, got {value}")
 
+# %% ../nbs/33_rivals.ipynb #0500fb2b
 def region_loss(
     name:str, # One of `LOSSES`, but 'ce'
     weight:Tensor|None=None, # Weight of each class (C,); None weighs all alike

@@ -1,11 +1,13 @@
 "The audit: reports of networks, Learners, runs and weights files; bad input; the page in a browser."
 import html.parser
 import json
+import math
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -136,6 +138,19 @@ def test_precision_and_recall(one, batches, tmp_path):
             if value==value: assert f'{value:.1f}' in page and f'{value:.1f}' in text
         means = {o['name']:o[key][0] for o in json.loads(data)['means']}
         assert means['mIoU']==pytest.approx(values.nanmean().item())
+
+def test_boundary_iou(one, batches, tmp_path):
+    "Class by class, from erosions of SciPy's, in the figures and in both reports."
+    from scipy.ndimage import binary_erosion
+    (x,true),d = (torch.cat(o) for o in zip(*batches)),round(.02*math.hypot(32, 48))
+    page,text,data = read(one, tmp_path)
+    bands = lambda masks: np.array([o&~binary_erosion(o, np.ones((2*d+1,2*d+1))) for o in masks.numpy()])
+    said = net()(x).argmax(1).where(true!=VOID, VOID)
+    for o in json.loads(data)['classes']:
+        a,b = (bands(labels==HARBOUR.names.index(o['name'])) for labels in (true, said))
+        value = 100*(a&b).sum()/(a|b).sum() if (a|b).any() else None
+        assert o['boundary_iou']==[value if value is None else pytest.approx(value)], o['name']
+        if value is not None: assert f'{value:.1f}' in page and f'{value:.1f}' in text
 
 def test_calibration(batches, tmp_path):
     "The error is torchmetrics', for each network, and stands in both reports."

@@ -36,7 +36,7 @@ from .subjects import (Subject, count_images, iter_batches, open_both, open_data
                                          show_progress)
 from ..core import ClassSpec, colorize, eval_mode, printable, writing
 from ..data.core import full_size_dl
-from ..metrics import class_iou, pixel_accuracy, rare_classes
+from ..metrics import boundary_counts, boundary_iou, class_iou, pixel_accuracy, rare_classes
 from ..models import pick_logits, resize_logits
 from ..surgery import get_head
 
@@ -110,7 +110,8 @@ def audit(
     batches = iter_batches(show_progress(data, progress), max_images=max_images, alike=False)
     iou = networks[0].iou.where(context.occurs, torch.nan)
     worst = [c for c in iou.argsort(stable=True).tolist() if iou[c]<1][:weak]
-    sizes,shown = _last_pass(subjects, [o.trust for o in networks], data, worst, examples, batches)
+    sizes,shown,edges = _last_pass(subjects, [o.trust for o in networks], data, worst, examples, batches)
+    for net,o in zip(networks, edges): net.edges = o
     habit = erased_example(first, data, context, **options)
     return Audit(first.spec, networks, count_images(data), torch.as_tensor(counts), source, shown,
                  [habit] if habit else [], sizes, names)
@@ -250,6 +251,7 @@ class NetworkAudit:
     reason:str='' # Why there are none
     bias:ClassBias|None=None # What a shift of its class bias brings, if anything
     trust:Trust=field(default_factory=Trust) # How far its probabilities hold
+    edges:Tensor|None=None # Pixels along edges (3,C), see `boundary_counts`; None where they were not counted
     @property
     def iou(self): return class_iou(self.context.confusion)
     @property
@@ -258,7 +260,8 @@ class NetworkAudit:
     def rates(self): # Figures of each class, in percent; nan where there is nothing to count
         counts = self.context.confusion.double()
         hit = 100*counts.diagonal()
-        return dict(iou=100*self.iou, precision=hit/counts.sum(0), recall=hit/counts.sum(1))
+        edges = torch.full_like(hit, torch.nan) if self.edges is None else 100*boundary_iou(self.edges)
+        return dict(iou=100*self.iou, boundary_iou=edges, precision=hit/counts.sum(0), recall=hit/counts.sum(1))
 
 # %% ../../nbs/65_analysis.audit.ipynb #b1b05ab9
 def _describe(subject):
@@ -311,10 +314,11 @@ def _labels(subject, trust, x, y):
     return logits.argmax(1).cpu()
 
 def _last_pass(subjects, trusts, data, classes, k, batches):
-    "Sizes, and `Example`s of each class: the k images in which the first network misses most of its pixels."
-    spec,worst,start,sizes = subjects[0].spec,{c:[] for c in classes},0,{}
+    "Sizes, `Example`s: the k images in which the first network misses most of a class; and counts along edges."
+    spec,worst,start,sizes,edges = subjects[0].spec,{c:[] for c in classes},0,{},[0]*len(subjects)
     for x,y in batches:
         preds,y = torch.stack([_labels(*o, x, y) for o in zip(subjects, trusts)], 1),y.cpu()
+        edges = [o+boundary_counts(preds[:,i], y, len(spec), spec.ignore_index) for i,o in enumerate(edges)]
         for c,kept in worst.items():
             missed = ((y==c)&(preds[:,0]!=c)).flatten(1).sum(1).tolist()
             kept += [(n, start+i, x[i], y[i], preds[i]) for i,n in enumerate(missed) if n]
@@ -323,7 +327,7 @@ def _last_pass(subjects, trusts, data, classes, k, batches):
         image,label = ('x'.join(map(str, o.shape[-2:])) for o in (x, y))
         sizes[image if image==label else f'{image} (labels {label})'] = True
         start += len(x)
-    return tuple(sizes),[_weak_example(spec, data, c, *o) for c,kept in worst.items() for o in kept]
+    return tuple(sizes),[_weak_example(spec, data, c, *o) for c,kept in worst.items() for o in kept],edges
 
 # %% ../../nbs/65_analysis.audit.ipynb #b2f43cc1
 def erased_example(
@@ -413,7 +417,7 @@ def _network_figures(network, means, k=3):
                 calibration=network.trust.table().reset_index().to_dict('records'), no_entanglement=network.reason)
 
 # %% ../../nbs/65_analysis.audit.ipynb #0d2b6f09
-RATES = ('iou','precision','recall') # Figures of a class, of each network
+RATES = ('iou','boundary_iou','precision','recall') # Figures of a class, of each network
 
 def _difference(iou): return {'difference':iou[1]-iou[0]} if len(iou)>1 else {}
 
@@ -550,16 +554,17 @@ def _heat_map(table, limit, id):
 def _each(text, labels, sep=' '): return [f'{text}{sep}{o}' if len(labels)>1 else text for o in labels]
 
 def _class_table(figures):
-    "Classes and means as a table; precision and recall have no room beside a second network."
+    "Classes and means as a table; edges, precision and recall have no room beside a second network."
     labels,rows = [o['label'] for o in figures['networks']],[]
     for o in figures['classes']+figures['means']:
         row = {'class':o['name']+' †'*o.get('rare', False), 'pixels %':_number(o['pixels'], 2)}
         row |= {'images':o.get('images', ''), **dict(zip(_each('IoU', labels), o['iou']))}
         if len(labels)>1: row['difference'] = _number(o['difference'], sign='+')
-        for k in ('precision','recall','fall')[2*(len(labels)>1):]: row |= zip(_each(k, labels), o[k])
+        if len(labels)==1: row |= {k.replace('_iou', ' IoU'):o[k][0] for k in RATES[1:]}
+        row |= zip(_each('fall', labels), o['fall'])
         rows.append({**row, 'leans most on':o['leans_on'], 'most confused with':o['confused_with']})
     df = pd.DataFrame(rows)
-    return df.astype({o:float for o in df if o.startswith(('IoU','precision','recall','fall'))})
+    return df.astype({o:float for o in df if o.startswith(('IoU','boundary','precision','recall','fall'))})
 
 def _sum_table(audit):
     "How entangled the classes are by each measure; None where no network has weight vectors."

@@ -29,6 +29,8 @@ def check_request(
         raise ValueError(f"{n} weights file{'s need' if n>1 else ' needs'} an architecture (`--arch`), got "
                          f"{len(archs)}: "
                          "'torchvision:deeplabv3_mobilenet_v3_large', for example")
+    if archs and not weights:
+        raise ValueError(f"`--arch` {archs[0]} is for weights files (`--model`), a run knows its own: leave it out")
     if data is None and not runs:
         raise ValueError("Weights alone have no images: give a folder of labelled images (`--data`)")
     if data is None and own_images:

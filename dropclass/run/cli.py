@@ -243,6 +243,7 @@ def command_words(
         if m[2]=='True': return flags[m[1]]
         return flags[m[1]].replace('--', '--no-') if m[2]=='False' else f"{flags[m[1]]} {m[2] or m[3]}"
     text = re.sub(r'Exception occured in `\w+` when calling event `\w+`:', '', str(text))
+    text = re.sub(r'Caught \w+ in DataLoader worker.*\n[\w.]+: ', '', text, flags=re.DOTALL) # With its traceback
     text = re.sub(rf"\b({names})=(?:(True|False|[\d.]+)|'([^']*)')", given, text)
     return ' '.join(re.sub(rf'`({names})`', lambda m: f'`{flags[m[1]]}`', text).split())
 

@@ -89,7 +89,9 @@ def pick_path(
     path:str|None=None, # 'plain', 'drop' or 'mean'; None is the path that predicts
 ) -> str: # The path that is read; a run that has only one is read by that one
     "Choose which path's figures to read."
+    from dropclass.core import check_choice
     paths = _paths_of(run, test)
+    if path is not None: check_choice(path, ['plain','drop','mean'], 'path')
     if len(paths)==1: return next(iter(paths))
     path = run.metrics['predicts'] if path is None else path
     if path in paths: return path

@@ -516,17 +516,17 @@ class ValidEvery(Callback):
 class EpochLines(Callback):
     "Print one line per trained epoch."
     order,reads_pred = RunRecorder.order+1,False
+    columns = ('train_loss','valid_loss','miou','rare_miou','pixel_acc')
     def __init__(self,
-        keep:tuple=('train_loss','valid_loss','miou','rare_miou','pixel_acc'), # Columns to print
         write=print, # Takes a line of text
-    ): self.keep,self.write = keep,write
+    ): self.write = write
 
     def before_fit(self): self.learn.logger = lambda *args: None
 
     def after_epoch(self):
         row = self.run_recorder.row
         if row is None or not is_first(): return
-        shown = '  '.join(f'{k} {row[k]:.4f}' for k in self.keep if not math.isnan(row.get(k, math.nan)))
+        shown = '  '.join(f'{k} {row[k]:.4f}' for k in self.columns if not math.isnan(row.get(k, math.nan)))
         self.write(f"epoch {self.epoch+1:3d}/{self.n_epoch}  {shown}  "
                    f"{time.perf_counter()-self.run_recorder.start:.1f} s")
 
@@ -815,15 +815,6 @@ def finish_run(
     write_json(out/'metrics.json', metrics)
     return metrics
 
-# %% ../../nbs/70_run.experiment.ipynb #eafa4cc7
-@contextmanager
-def _or_nothing(out, made):
-    "Clear a folder again if no epoch was finished."
-    try: yield
-    except BaseException:
-        if is_first(): clear_unstarted(out, made)
-        raise
-
 # %% ../../nbs/70_run.experiment.ipynb #ccf666de
 def _is_finished(out, config, resume):
     "Is the run done? A new one needs a folder that is free, and another one a checkpoint."
@@ -850,7 +841,7 @@ def _over_ranks(learn, config):
 def _fit(learn, out, config, resume, made, progress, write, cbs):
     "Train by a Learner into a folder that this process holds, and evaluate."
     if not progress: learn.remove_cbs([cb for cb in learn.cbs if cb.name=='progress'])
-    with _or_nothing(out, made and not resume):
+    try:
         files = data_files(learn.dls)
         opened = from_first(lambda: open_folder(out, config, resume, files))
         recorder = RunRecorder(out, config_hash(config), opened, config.keep, files=files, config=asdict(config))
@@ -858,6 +849,9 @@ def _fit(learn, out, config, resume, made, progress, write, cbs):
                        EpochLines(write=write)]
         with _over_ranks(learn, config):
             learn.fit(config.epochs, cbs=[ParamScheduler({'lr':lr_schedule(config)}), *bookkeeping, *cbs])
+    except BaseException:
+        if is_first(): clear_unstarted(out, made and not resume) # Where no epoch was finished
+        raise
     if (kept := recorder.take_best(learn.model)) and is_first(): write(kept)
     finish_run(learn, out, config, recorder.seconds)
 

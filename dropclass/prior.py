@@ -370,19 +370,25 @@ def warn_of(
 
 # %% ../nbs/32_prior.ipynb #2399757f
 def tune_prior(
-    model:nn.Module, # Network from images (N,3,H,W) to logits (N,C,H,W), or to a dict or tuple with them
-    dl, # Batches of (images, labels), not those that you report on
-    weights=None, # Class weights of the training loss (C,)
+    model, # Network from images (N,3,H,W) to logits (N,C,H,W), or a Learner
+    dl=None, # Batches of (images, labels), not those that you report on; None takes a Learner's validation set
+    weights=None, # Class weights of the training loss (C,); None reads them off a Learner's loss
     counts=None, # Training pixels of each class (C,): they tell the rare classes, and without weights give the offsets
     metric='miou', # 'miou', 'rare_miou', or a function of pixels right, labelled and predicted, each (...,C), to (...)
     taus=TAUS, # Values to try, in any order; 0 is always among them
-    ignore_index:int=VOID, # The void label
+    ignore_index:int|None=None, # The void label; None takes that of a Learner's loss, else 255
 ) -> PriorTuning: # The curve and the best tau; the network is as before
     "Find in one pass how far a network's class bias should be taken back."
+    if isinstance(model, Learner):
+        dl = model.dls.valid if dl is None else dl
+        weights = loss_weights(model.loss_func) if weights is None else weights
+        ignore_index = get_ignore_index(model.loss_func) if ignore_index is None else ignore_index
+        model = model.model
+    if dl is None: raise ValueError("Give `dl`, batches of images and labels to tune on")
     if not callable(metric): check_choice(metric, ['miou','rare_miou'], 'metric')
     taus = tuple(sorted({0., *map(float, taus)}))
     grid = tuning_grid(weights, counts, taus)
-    confusions,images = prior_confusions(model, dl, grid, ignore_index, per_image=True)
+    confusions,images = prior_confusions(model, dl, grid, VOID if ignore_index is None else ignore_index, per_image=True)
     labelled = confusions[0].sum(1)
     if not labelled.any(): raise ValueError("All pixels of the tuning images are void: give images with labels")
     rare = rare_classes(labelled if counts is None else counts)
@@ -526,13 +532,11 @@ def tune_prior(self:Learner,
     counts=None, # Training pixels of each class (C,): they tell the rare classes, and without weights give the offsets
     metric='miou', # 'miou', 'rare_miou', or a function, see the function `tune_prior`
     classifier:str|tuple|None=None, # Name of the classifier layer; None finds it
-    **kwargs, # `taus` and `ignore_index` of the function `tune_prior`; the void label is read off the loss
+    **kwargs, # `taus` and `ignore_index` of the function `tune_prior`
 ) -> PriorTuning: # What the pass found
     "Find the best tau and shift the network by it."
     try: self.model = unshift_classes(self.model)
     except ValueError: pass # Not shifted, or trained since: then this is the network to start from
-    weights,void = loss_weights(self.loss_func) if weights is None else weights,get_ignore_index(self.loss_func)
-    if void is not None: kwargs.setdefault('ignore_index', void)
-    found = tune_prior(self.model, self.dls.valid if dl is None else dl, weights, counts, metric, **kwargs)
+    found = tune_prior(self, dl, weights, counts, metric, **kwargs)
     self.model = shift_classes(self.model, found.offsets, classifier)
     return found

@@ -173,10 +173,10 @@ def plain_loop(ranks=1):
 def all_variants(folder): return {**{o:five_steps(o) for o in VARIANTS}, 'loop':plain_loop(num_ranks())}
 
 
-@pytest.fixture(scope='module', params=[2, 4])
-def trained(request, tmp_path_factory):
-    "What 2 or 4 ranks found, and how many they were."
-    return on_ranks(all_variants, request.param, tmp_path_factory.mktemp('steps')),request.param
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "What 4 ranks found, and how many they were; the runs below have 2."
+    return on_ranks(all_variants, 4, tmp_path_factory.mktemp('steps')),4
 
 
 @pytest.mark.parametrize('variant', VARIANTS)

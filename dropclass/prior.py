@@ -388,7 +388,8 @@ def tune_prior(
     if not callable(metric): check_choice(metric, ['miou','rare_miou'], 'metric')
     taus = tuple(sorted({0., *map(float, taus)}))
     grid = tuning_grid(weights, counts, taus)
-    confusions,images = prior_confusions(model, dl, grid, VOID if ignore_index is None else ignore_index, per_image=True)
+    void = VOID if ignore_index is None else ignore_index
+    confusions,images = prior_confusions(model, dl, grid, void, per_image=True)
     labelled = confusions[0].sum(1)
     if not labelled.any(): raise ValueError("All pixels of the tuning images are void: give images with labels")
     rare = rare_classes(labelled if counts is None else counts)

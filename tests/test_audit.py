@@ -152,6 +152,27 @@ def test_boundary_iou(one, batches, tmp_path):
         assert o['boundary_iou']==[value if value is None else pytest.approx(value)], o['name']
         if value is not None: assert f'{value:.1f}' in page and f'{value:.1f}' in text
 
+def test_objects_by_size(batches, tmp_path):
+    "Class by class, from OpenCV's components, in the figures and in both reports; the labels are moved by some pixels."
+    import cv2
+    model,moved = train_harbour(bias=1.),[(x, y.roll((2, 4), (1, 2))) for x,y in batches]
+    x,true = (torch.cat(o) for o in zip(*moved))
+    page,text,data = read(audit(model, moved, HARBOUR, progress=False), tmp_path)
+    said,counts = model(x).argmax(1),{}
+    for c,name in enumerate(HARBOUR.names):
+        for truth,guess in zip((true==c).numpy(), (said==c).numpy()):
+            n,parts = cv2.connectedComponents(truth.astype(np.uint8), connectivity=8)
+            for part in (parts==i for i in range(1, n)):
+                size = 'small' if part.sum()<32**2 else 'medium' if part.sum()<96**2 else 'large'
+                found = counts.setdefault((name, size), [0, 0])
+                found[0] += 1
+                found[1] += guess[part].mean()>=.5
+    rows = {o['class']:o for o in json.loads(data)['objects'][0]}
+    assert set(rows)=={name for name,_ in counts}
+    for (name,size),(n,found) in counts.items():
+        assert rows[name][size]==n and rows[name][f'{size} found %']==pytest.approx(100*found/n), (name, size)
+        assert f'{100*found/n:.1f}' in page and f'{100*found/n:.1f}' in text
+
 def test_calibration(batches, tmp_path):
     "The error is torchmetrics', for each network, and stands in both reports."
     models = dict(trained=train_harbour(bias=1.), random=net())

@@ -36,7 +36,8 @@ from .subjects import (Subject, count_images, iter_batches, open_both, open_data
                                          show_progress)
 from ..core import ClassSpec, colorize, eval_mode, printable, writing
 from ..data.core import full_size_dl
-from ..metrics import boundary_counts, boundary_iou, class_iou, pixel_accuracy, rare_classes
+from ..metrics import (OBJECT_SIZES, boundary_counts, boundary_iou, class_iou, object_counts, pixel_accuracy,
+                               rare_classes)
 from ..models import pick_logits, resize_logits
 from ..surgery import get_head
 
@@ -110,8 +111,8 @@ def audit(
     batches = iter_batches(show_progress(data, progress), max_images=max_images, alike=False)
     iou = networks[0].iou.where(context.occurs, torch.nan)
     worst = [c for c in iou.argsort(stable=True).tolist() if iou[c]<1][:weak]
-    sizes,shown,edges = _last_pass(subjects, [o.trust for o in networks], data, worst, examples, batches)
-    for net,o in zip(networks, edges): net.edges = o
+    sizes,shown,counted = _last_pass(subjects, [o.trust for o in networks], data, worst, examples, batches)
+    for net,o in zip(networks, counted): net.edges,net.objects = o
     habit = erased_example(first, data, context, **options)
     return Audit(first.spec, networks, count_images(data), torch.as_tensor(counts), source, shown,
                  [habit] if habit else [], sizes, names)
@@ -195,7 +196,8 @@ def to_dict(self:Audit
                    summary=audit_summary(self), advice=audit_advice(self), classes=rows, means=means,
                    measures=MEASURES, robustness=_robustness_figures(self.robustness),
                    limits=[o.format(**data) for o in _TEXTS['limits']],
-                   confusions=_confusion_rows(self), doubtful=_doubtful(self), examples=weak, erased=erased)
+                   confusions=_confusion_rows(self), doubtful=_doubtful(self),
+                   objects=[_object_rows(self, o) for o in self.networks], examples=weak, erased=erased)
     return json.loads(pd.Series(figures).to_json(double_precision=15))
 
 # %% ../../nbs/65_analysis.audit.ipynb #66429094
@@ -252,6 +254,7 @@ class NetworkAudit:
     bias:ClassBias|None=None # What a shift of its class bias brings, if anything
     trust:Trust=field(default_factory=Trust) # How far its probabilities hold
     edges:Tensor|None=None # Pixels along edges (3,C), see `boundary_counts`; None where they were not counted
+    objects:Tensor|None=None # Objects (2,3,C), see `object_counts`; None where they were not counted
     @property
     def iou(self): return class_iou(self.context.confusion)
     @property
@@ -314,11 +317,13 @@ def _labels(subject, trust, x, y):
     return logits.argmax(1).cpu()
 
 def _last_pass(subjects, trusts, data, classes, k, batches):
-    "Sizes, `Example`s: the k images in which the first network misses most of a class; and counts along edges."
-    spec,worst,start,sizes,edges = subjects[0].spec,{c:[] for c in classes},0,{},[0]*len(subjects)
+    "Sizes, `Example`s: the k images in which the first network misses most of a class; edges and objects."
+    spec,worst,start,sizes,counts = subjects[0].spec,{c:[] for c in classes},0,{},[(0, 0)]*len(subjects)
+    count = lambda of,*pair: of(*pair, len(spec), spec.ignore_index)
     for x,y in batches:
         preds,y = torch.stack([_labels(*o, x, y) for o in zip(subjects, trusts)], 1),y.cpu()
-        edges = [o+boundary_counts(preds[:,i], y, len(spec), spec.ignore_index) for i,o in enumerate(edges)]
+        counts = [(e+count(boundary_counts, preds[:,i], y), o+count(object_counts, preds[:,i], y))
+                  for i,(e,o) in enumerate(counts)]
         for c,kept in worst.items():
             missed = ((y==c)&(preds[:,0]!=c)).flatten(1).sum(1).tolist()
             kept += [(n, start+i, x[i], y[i], preds[i]) for i,n in enumerate(missed) if n]
@@ -327,7 +332,7 @@ def _last_pass(subjects, trusts, data, classes, k, batches):
         image,label = ('x'.join(map(str, o.shape[-2:])) for o in (x, y))
         sizes[image if image==label else f'{image} (labels {label})'] = True
         start += len(x)
-    return tuple(sizes),[_weak_example(spec, data, c, *o) for c,kept in worst.items() for o in kept],edges
+    return tuple(sizes),[_weak_example(spec, data, c, *o) for c,kept in worst.items() for o in kept],counts
 
 # %% ../../nbs/65_analysis.audit.ipynb #b2f43cc1
 def erased_example(
@@ -456,6 +461,16 @@ def _confusion_rows(audit, k=8):
     shares = [called(o.context.confusion, audit.spec) for o in audit.networks]
     return [dict(truth=t, predicted=p, shares=[[o.at[t,p], o.at[p,t]] for o in shares])
             for t,p in zip(worst.truth, worst.predicted)]
+
+def _object_rows(audit, network):
+    "Objects of each class, and the share that is found, by size."
+    rows = []
+    for c in audit.order:
+        every,found = network.objects[:,:,c].tolist()
+        row = {'class':audit.spec.names[c]}
+        for size,n,hit in zip(OBJECT_SIZES, every, found): row |= {size:n, f'{size} found %':100*hit/n if n else None}
+        if sum(every): rows.append(row)
+    return rows
 
 def _doubtful(audit):
     "The masks to look at first."
@@ -589,6 +604,7 @@ def _report_values(audit):
     return dict(a=figures, pages=pages, many=len(audit.networks)>1, spec=audit.spec, advice=ADVICE,
                 classes=_class_table(figures), bars=_each('IoU', audit.labels), robustness=audit.robustness,
                 trust=[o.trust.table() for o in audit.networks], doubtful=pd.DataFrame(figures['doubtful']),
+                objects=[pd.DataFrame(o, dtype=object) for o in figures['objects']],
                 sums=_sum_table(audit), confusions=_confusion_table(figures), cosines=cosines,
                 contexts=[part(o.fall.numpy(), axis='erased') for o in audit.networks],
                 context_limit=max(10., *(float(o.fall.nan_to_num().abs().max()) for o in audit.networks)))

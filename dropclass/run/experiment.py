@@ -475,7 +475,7 @@ class StopDiverged(Callback):
         if not self.training or math.isfinite(self.loss.detach()): return
         void = len(self.yb)==1 and bool((self.yb[0]==self.dls.spec.ignore_index).all())
         if void: self.stop("no pixel of the batch has a label: choose a larger `bs` or crop")
-        self.stop(f"the loss is {float(self.loss)}: choose a smaller `lr`")
+        self.stop(f"the loss is {self.loss.item()}: choose a smaller `lr`")
 
     def after_epoch(self):
         values = get_model(self.model).state_dict().items()

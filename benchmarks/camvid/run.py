@@ -35,6 +35,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 HERE,ROOT = Path(__file__).resolve().parent,Path(__file__).resolve().parents[2]
@@ -328,8 +329,8 @@ def show_same(args, plan):
     arms = args.arms or list(dict.fromkeys(o['arm'] for o in rows))
     for arm in arms:
         with ThreadPoolExecutor(2) as pool:
-            old,new = pool.map(lambda o: first_epochs(args, plan, arm, o,
-                                                      args.runs/'same'/f'{arm}-{code_hash(o, data)}'), (other, ROOT))
+            folders = [args.runs/'same'/f'{arm}-{code}' for code in codes]
+            old,new = pool.map(partial(first_epochs, args, plan, arm), (other, ROOT), folders)
         if not old.equals(new):
             raise SystemExit(f"{arm}: the numbers differ, so rows of commit {commits[1]} need a table of their "
                              f"own\n{old}\n{new}")

@@ -241,7 +241,9 @@ def test_a_folder_says_who_holds_it(tmp_path):
     train_run(replace(TINY, epochs=1), tmp_path/'run', progress=False, write=lambda o: None)
     (tmp_path/'run'/'metrics.json').unlink()
     pid = fork(hold)
-    while not (tmp_path/'held').exists(): time.sleep(.01)
+    for _ in range(6000): # A minute
+        if (tmp_path/'held').exists(): break
+        time.sleep(.01)
     with pytest.raises(BlockingIOError, match=f'in use by process {pid} on {socket.gethostname()}: wait'):
         train_run(replace(TINY, epochs=1), tmp_path/'run', resume=True, progress=False, write=lambda o: None)
     os.kill(pid, signal.SIGKILL)

@@ -56,7 +56,7 @@ def class_offsets(
     values = check_amounts(counts) if weights is None else check_amounts(weights, 'weights')
     log = values.log().where(values>0, torch.nan)
     line = torch.nan_to_num(log.nanmean()-log) # A class without a pixel stays where it is
-    return (torch.as_tensor(tau, dtype=torch.float64)[...,None]*line).float()+0. # No -0.0
+    return (torch.as_tensor(tau, dtype=torch.float64)[...,None]*line).float()
 
 # %% ../nbs/32_prior.ipynb #51a91ac8
 def shifted_labels(

@@ -386,7 +386,7 @@ def warn_of(
     found:PriorTuning, # The result of a pass
 ):
     "Warn where the choice is weak."
-    if found.best in (0, len(found.taus)-1):
+    if found.best in (0, len(found.taus)-1) and len(found.taus)>2:
         warnings.warn(f"The best tau, {found.tau:g}, is an end of the grid: give `taus` that go further", stacklevel=3)
     why = found.doubt()
     if why and (found.tau or len(found.images)<FEW):

@@ -197,7 +197,8 @@ def plot_schedule(self:DropClassHistory,
     import matplotlib.pyplot as plt
     table,top = self.history,max(len(self.names)-1, 1)
     ax = ax or plt.subplots(figsize=(7, min(max(2.4, .2*len(self.names)), 6)), layout='constrained')[1]
-    table.plot('step', ['lam','drop_prob'], style=['-','--'], ax=ax, ylabel='value', ylim=(-.05, 1.05))
+    table.plot('step', 'lam', lw=5, alpha=.35, ax=ax) # Broad, since the other line often lies upon it
+    table.plot('step', 'drop_prob', ax=ax, ylabel='value', ylim=(-.05, 1.05))
     rows = table[table.dropped_class.notna()]
     heights = [self.names.index(o)/top for o in rows.dropped_class]
     ax.scatter(rows.step, heights, marker='|', s=24, lw=.8, color='k', alpha=.5, label='dropped class')

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from torch import nn, Tensor
 from torch.nn.modules.conv import _ConvNd
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastai.learner import Learner
 from fastcore.basics import patch
 from .core import VOID, check_choice, check_network, check_target, eval_mode
@@ -146,9 +146,12 @@ def check_logits(
 # %% ../nbs/32_prior.ipynb #5a0c0b98
 def class_totals(
     counts:Tensor, # Pixel counts (...,C,C), truth in rows
+    ignore_index:int|None=None, # A void label inside 0..C-1 is no class: its pixels predicted are set to 0
 ) -> Tensor: # (...,3,C): pixels right, labelled and predicted of each class
     "Reduce confusion matrices to what an IoU needs."
-    return torch.stack([counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1), counts.sum(-2)], -2)
+    totals = torch.stack([counts.diagonal(dim1=-2, dim2=-1), counts.sum(-1), counts.sum(-2)], -2)
+    if ignore_index in range(counts.shape[-1]): totals[...,2,ignore_index] = 0
+    return totals
 
 # %% ../nbs/32_prior.ipynb #f3ba69fa
 def prior_confusions(
@@ -172,7 +175,7 @@ def prior_confusions(
             logits = check_logits(pick_logits(model(x[:rows].to(where)))[0])
             counts = grid_confusions(resize_logits(logits, target.shape[1:]), target, offsets, ignore_index)
             total += counts.sum(0)
-            if per_image: images.append(class_totals(counts).cpu())
+            if per_image: images.append(class_totals(counts, ignore_index).cpu())
     if hasattr(dl, 'world_size'): total,images = sum_over_ranks(total),sum(gather_ranks(images), [])
     return (total.cpu(), torch.cat(images)) if per_image else total.cpu()
 
@@ -217,9 +220,12 @@ class PriorTuning:
     metric:Callable # (right, labelled, predicted), each (...,C), to (...): more is better
     name:str # What the metric is called
     rare:list # Labels of the rare classes
+    void:int|None=None # The void label
 
     @property
-    def scores(self): return self.score(class_totals(self.confusions))
+    def totals(self): return class_totals(self.confusions, self.void)
+    @property
+    def scores(self): return self.score(self.totals)
     @property
     def gains(self): return self.scores-self.scores[self.taus.index(0)]
     @property
@@ -310,7 +316,7 @@ def __repr__(self:PriorTuning):
 @patch
 def table(self:PriorTuning) -> pd.DataFrame: # One row per tau; percent
     "Tabulate the curve."
-    right,labelled,predicted = totals = class_totals(self.confusions).double().unbind(-2)
+    right,labelled,predicted = totals = self.totals.double().unbind(-2)
     recall,precision = (o[:,self.rare].nanmean(-1) for o in counts_rates(*totals))
     columns = {'mIoU':counts_miou(*totals), 'rare mIoU':counts_miou(*totals, self.rare), 'rare recall':recall,
                'rare precision':precision, 'pixel accuracy':right.sum(-1)/labelled.sum(-1)}
@@ -323,7 +329,7 @@ def classes(self:PriorTuning,
     names:list|None=None, # Class names; None numbers them
 ) -> pd.DataFrame: # One row per class, the rarest first; percent, and the offset in units of the logits
     "Tabulate what the best tau does to each class."
-    totals,ends = class_totals(self.confusions),(self.taus.index(0),self.best)
+    totals,ends = self.totals,(self.taus.index(0),self.best)
     labelled = totals[0,1].double()
     names = [f'class {i}' for i in range(len(labelled))] if names is None else list(names)
     columns = {('pixels',''):100*labelled/labelled.sum()}
@@ -419,7 +425,7 @@ def tune_prior(
     rare = rare_classes(labelled if counts is None else counts)
     name = getattr(metric, '__name__', 'metric') if callable(metric) else metric
     measure = {'miou':counts_miou, 'rare_miou':partial(counts_miou, classes=rare)}.get(metric, metric)
-    found = PriorTuning(taus, grid, confusions, images, measure, name, rare)
+    found = PriorTuning(taus, grid, confusions, images, measure, name, rare, void)
     if found.gains.isnan().all():
         raise ValueError(f"`{name}` is no number at tau 0, as where a class has no labelled pixel: average over the "
                          "classes by `nanmean`, and give `counts` of the training pixels")
@@ -441,7 +447,11 @@ class ShiftedOutput(nn.Module):
         out = self.model(*args, **kwargs)
         logits,_ = pick_logits(out)
         offsets = self.offsets.to(logits.dtype).view(-1, *[1]*(logits.dim()-2))
-        return tree_map(lambda o: logits+offsets if o is logits else o, out)
+        leaves,spec = tree_flatten(out)
+        if not any(o is logits for o in leaves):
+            raise TypeError(f"The network returned {type(out).__name__}, whose logits cannot be exchanged: wrap it in "
+                            "`OutputAdapter`, which returns the logits alone")
+        return tree_unflatten([logits+offsets if o is logits else o for o in leaves], spec)
 
 # %% ../nbs/32_prior.ipynb #88dbf5cf
 def bias_layer(
@@ -531,11 +541,13 @@ def shift_classes(
         model.offsets += offsets
         return model
     layer = bias_layer(model, len(offsets), classifier, probe)
-    if layer is None: return ShiftedOutput(model, offsets)
-    add_bias(layer, offsets)
-    if shifts_alike(before, probe_logits(model, probe), offsets): return model
-    put_back(layer)
-    return ShiftedOutput(model, offsets)
+    if layer is not None:
+        add_bias(layer, offsets)
+        if shifts_alike(before, probe_logits(model, probe), offsets): return model
+        put_back(layer)
+    shifted = ShiftedOutput(model, offsets)
+    probe_logits(shifted, probe) # It refuses an answer that it cannot shift
+    return shifted
 
 # %% ../nbs/32_prior.ipynb #3d15f650
 def unshift_classes(

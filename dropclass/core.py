@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VOID', 'check_num_classes', 'check_network', 'check_device', 'check_unit', 'check_choice', 'check_target',
-           'whole_labels', 'check_class', 'distinct_colors', 'ClassSpec', 'class_index', 'colorize', 'writing',
-           'printable', 'write_json', 'eval_mode', 'step_generator']
+           'check_ignored', 'whole_labels', 'check_class', 'distinct_colors', 'ClassSpec', 'class_index', 'colorize',
+           'writing', 'printable', 'write_json', 'eval_mode', 'step_generator']
 
 # %% ../nbs/00_core.ipynb #e58d4be6
 import colorsys
@@ -94,6 +94,16 @@ def check_target(
                              f"void is {ignore_index}: map these labels to a class or to void before training")
     return target
 
+# %% ../nbs/00_core.ipynb #bca29234
+def check_ignored(
+    ignore_index:int|None, # The label that is to be ignored
+    num_classes:int, # Number of classes, C
+) -> int|None: # The same
+    "Refuse 255 as void where it is one of the classes."
+    if ignore_index!=VOID or num_classes<=VOID: return ignore_index
+    raise ValueError(f"Label {VOID} is one of {num_classes} classes, so it cannot be void as well: give another "
+                     "`ignore_index`, -100 say")
+
 # %% ../nbs/00_core.ipynb #c93293f2
 def whole_labels(
     labels, # Labels, any shape: a tensor, an array or a Pillow image
@@ -174,7 +184,7 @@ def class_index(
     name:str|int, # A class name, or already a label
 ) -> int: # The label of the class
     "Find the label of a class by its name."
-    if isinstance(name, int) and 0<=name<len(spec): return name
+    if isinstance(name, Integral) and 0<=name<len(spec): return int(name)
     return spec.names.index(check_choice(name, spec.names, 'class'))
 
 # %% ../nbs/00_core.ipynb #06d98110

@@ -57,7 +57,7 @@ def sample_keep_mask(
     else:
         drawn = torch.multinomial(draw_weights(weights, labels, num_classes).to(device), 1, generator=generator).item()
     coin = torch.rand(1, generator=generator, device=device).item()
-    keep_mask = torch.ones(num_classes)
+    keep_mask = torch.ones(num_classes, device='cpu')
     if coin<drop_prob: keep_mask[labels[drawn]] = 0
     return keep_mask
 

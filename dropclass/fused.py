@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import VOID, check_class, check_unit, whole_labels
+from .core import VOID, check_class, check_ignored, check_unit, whole_labels
 from .losses import check_alpha, check_weight, cross_entropy_options, masked_target, pixel_count, plain_tensor
 
 # %% ../nbs/35_fused.ipynb #94987653
@@ -326,9 +326,7 @@ def check_inputs(
         raise ValueError(f"`target` must have shape ({len(logits)},h,w) to fit logits {tuple(logits.shape)}, got "
                          f"{tuple(target.shape)}: labels have no axis for channels, take `target[:,0]`")
     C = logits.shape[1]
-    if ignore_index==VOID<C:
-        raise ValueError(f"Label {VOID} is one of {C} classes, so it cannot be void as well: give another "
-                         f"`ignore_index`, -100 say")
+    check_ignored(ignore_index, C)
     if weight is not None and check_weight(weight).shape!=(C,):
         raise ValueError(f"`weight` must have one entry for each of {C} classes, got shape {tuple(weight.shape)}")
     check_class(dropped_class, C)

@@ -246,7 +246,7 @@ def compensation_block(
     "Build the block behind the drop without touching the global random state."
     device = torch.get_default_device() if device is None else device
     mix = nn.utils.skip_init(conv, channels, channels, 1, bias=False, device=device, dtype=dtype)
-    weight = torch.empty(mix.weight.shape, dtype=mix.weight.dtype)
+    weight = torch.empty(mix.weight.shape, dtype=mix.weight.dtype, device='cpu')
     if check_choice(start, ['random','identity'], 'start')=='identity': nn.init.dirac_(weight)
     else: nn.init.kaiming_uniform_(weight, a=5**.5, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad(): mix.weight.copy_(weight)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.learner import CastToTensor, ValueMetric
-from .fused import find_resize, resize_cross_entropy, resized_max
+from .fused import find_resize, fuses, resize_cross_entropy, resized_max
 from .head import split_paths
 from .learner import labels_do, only_predicts, show_pixel, take_answer
 from .losses import has_labels
@@ -140,8 +140,8 @@ def stacked_answer(self:DropClassHistory):
 @patch
 def valid_resize(self:DropClassHistory) -> dict|None: # Options of the fused loss; None for full size
     "Take the route that training took."
-    routes = list(self.owner.routes.values())
-    if routes and all(isinstance(o, dict) for o in routes): return routes[0]
+    found,loss = list(self.owner.resizes.values()),fuses(self.loss_func)
+    if found and loss and all(isinstance(o, dict) for o in found): return {**loss, **found[0]}
 
 @patch
 def small_answer(self:DropClassHistory,

@@ -19,7 +19,7 @@ import torch
 from torch import nn, Tensor
 from torch.nn import functional as F
 
-from .core import VOID, check_choice, check_class, check_unit, whole_labels
+from .core import VOID, check_choice, check_class, check_ignored, check_unit, whole_labels
 from .features import dropped_class as find_dropped_class
 
 # %% ../nbs/12_losses.ipynb #173ed454
@@ -127,12 +127,12 @@ def pixel_count(
     weight:Tensor|None=None, # Weight of each class (C,); None counts every pixel once
     ignore_index:int=VOID, # Label of pixels that do not count
     normalize:str='valid', # 'valid': pixels that count, by weight; 'all': every pixel, N*h*w
-) -> Tensor: # Scalar to divide the sum by; 1 where nothing counts
+) -> Tensor: # Scalar to divide the sum by; infinite where nothing counts
     "Count what the sum over pixels is divided by."
     if check_choice(normalize, ('valid', 'all'), 'normalize')=='all':
         return torch.tensor(float(target.numel()), device=target.device)
     count = labelled_pixels(target, weight, ignore_index)
-    return torch.where(count>0, count, torch.ones_like(count))
+    return torch.where(count>0, count, torch.inf)
 
 # %% ../nbs/12_losses.ipynb #09f2ceaf
 def pixel_loss(
@@ -195,7 +195,8 @@ def check_per_pixel(
     void,name = get_ignore_index(loss_func),getattr(loss_func, '__name__', type(loss_func).__name__)
     at = torch.arange(256, device=device).view(1, 16, 16)
     labels,out = at%num_classes,at%5==0
-    logits = torch.randn(1, num_classes, 16, 16, generator=torch.Generator().manual_seed(0)).to(at.device)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, num_classes, 16, 16, generator=generator, device='cpu').to(at.device)
     try:
         loss = copy.deepcopy(loss_func) # It may count its calls
         def masked(x):
@@ -244,6 +245,12 @@ def other_loss(
     return losses.mean() if normalize=='valid' else losses.sum()/target.numel()
 
 # %% ../nbs/12_losses.ipynb #afcecfb2
+def _known_loss(base_loss, num_classes):
+    "The loss, and its settings if it is a cross-entropy; None is one that ignores void."
+    base_loss = nn.CrossEntropyLoss(ignore_index=VOID) if base_loss is None else base_loss
+    check_ignored(get_ignore_index(base_loss), num_classes)
+    return base_loss,cross_entropy_options(base_loss)
+
 def segmentation_loss(
     logits:Tensor, # Logits (N,C,h,w), any float type
     target:Tensor, # Labels (N,h,w)
@@ -254,8 +261,7 @@ def segmentation_loss(
     "Compute the pixel loss, with or without a dropped class."
     logits,target = loss_input(logits, target)
     check_class(dropped_class, logits.shape[1])
-    base_loss = nn.CrossEntropyLoss(ignore_index=VOID) if base_loss is None else base_loss
-    options = cross_entropy_options(base_loss)
+    base_loss,options = _known_loss(base_loss, logits.shape[1])
     if options is None: return other_loss(logits, target, base_loss, dropped_class, normalize)
     target = masked_target(target, dropped_class, options['ignore_index'])
     return pixel_loss(F.log_softmax(logits, 1), target, options, normalize)
@@ -304,8 +310,7 @@ def drop_path_losses(
         raise ValueError(f"`keep_mask` has {len(keep_mask)} entries for {drop_logits.shape[1]} classes: "
             f"draw it with num_classes={drop_logits.shape[1]}")
     z = find_dropped_class(keep_mask)
-    base_loss = nn.CrossEntropyLoss(ignore_index=VOID) if base_loss is None else base_loss
-    options = cross_entropy_options(base_loss)
+    base_loss,options = _known_loss(base_loss, drop_logits.shape[1])
     if masked_weights is False or (masked_weights is None and options): options = strip_weights(options, base_loss)
     if options is None:
         return other_loss(drop_logits, target, base_loss, z, normalize), suppression_loss(drop_logits, z)

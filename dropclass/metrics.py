@@ -20,7 +20,8 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from fastai.learner import Metric
 from scipy import ndimage
-from .core import check_network, check_num_classes, check_target, ClassSpec, eval_mode, VOID, whole_labels
+from .core import (ClassSpec, VOID, check_ignored, check_network, check_num_classes, check_target, eval_mode,
+                            whole_labels)
 from .fused import resized_max
 from .models import pick_logits, resize_logits
 from .ranks import sum_over_ranks
@@ -67,6 +68,7 @@ def confusion_matrix(
     ignore_index:int=VOID, # The void label: its pixels are not counted
 ) -> Tensor: # Pixel counts (C,C), int64, on the device of `target`: truth in rows, prediction in columns
     "Count which class was called what."
+    check_ignored(ignore_index, num_classes)
     target = whole_labels(target)
     pred = predicted_labels(pred.detach(), target, num_classes)
     valid = target!=ignore_index
@@ -79,20 +81,21 @@ def confusion_matrix(
 # %% ../nbs/50_metrics.ipynb #b63cdada
 def class_iou(
     confusion:Tensor, # Pixel counts (C,C), truth in rows
-    ignore_index:int=VOID, # The void label; a class with this label has no IoU
+    ignore_index:int|None=None, # The void label if it is one of the C: that class has no IoU
 ) -> Tensor: # IoU (C,), float64 in [0,1]; nan for a class that occurs nowhere
     "Intersection over union of each class."
     counts = torch.as_tensor(confusion).double()
     hit = counts.diagonal()
     union = counts.sum(0)+counts.sum(1)-hit
-    ignored = torch.arange(len(counts), device=counts.device)==ignore_index
-    return torch.where((union>0)&~ignored, hit/union.clamp(min=1), torch.nan)
+    iou = torch.where(union>0, hit/union.clamp(min=1), torch.nan)
+    if ignore_index in range(len(iou)): iou[ignore_index] = torch.nan
+    return iou
 
 # %% ../nbs/50_metrics.ipynb #1f977389
 def mean_iou(
     confusion:Tensor, # Pixel counts (C,C), truth in rows
     classes=None, # Labels to average over; None takes all
-    ignore_index:int=VOID, # The void label
+    ignore_index:int|None=None, # The void label if it is one of the C: it does not count
 ) -> float: # Mean in [0,1] over those of the classes that occur; nan if none does
     "Mean IoU over the classes that occur."
     iou = class_iou(confusion, ignore_index)
@@ -236,17 +239,19 @@ def evaluate(
 # %% ../nbs/50_metrics.ipynb #55287214
 def per_class_table(
     confusion:Tensor, # Pixel counts (C,C), truth in rows
-    spec:ClassSpec|list, # The classes, or just their names
+    spec:ClassSpec|list, # The classes, or just their names; of void only a `ClassSpec` knows
     pixel_counts=None, # Pixels of each class in the training set, (C,); None takes those of the evaluated labels
 ) -> pd.DataFrame: # One row per class, then `mIoU` and `rare mIoU`; pixels and IoU in percent
     "Tabulate the IoU of each class, the rarest first, and both means."
     names,confusion = list(getattr(spec, 'names', spec)),torch.as_tensor(confusion)
     pixels = (confusion.sum(1) if pixel_counts is None else torch.as_tensor(pixel_counts)).double()
-    if not len(names)==len(confusion)==len(pixels):
+    iou = class_iou(confusion)
+    if getattr(spec, 'ignore_index', None)==len(names): # Void may have a channel of its own, the last
+        iou,pixels = iou[:len(names)],pixels[:len(names)]
+    if not len(names)==len(iou)==len(pixels):
         raise ValueError(f"Got {len(names)} class names, {len(pixels)} pixel counts "
         f"and a confusion matrix of {len(confusion)} classes: pass those of one data set")
-    iou,rare,share = class_iou(confusion),rare_classes(pixels),100*pixels/pixels.sum()
-    there = (~iou.isnan()).long()
+    rare,share,there = rare_classes(pixels),100*pixels/pixels.sum(),(~iou.isnan()).long()
     order,percent = pixels.argsort(stable=True).tolist(),100*iou
     rows = [(names[c], float(share[c]), float(percent[c]), c in rare, int(there[c])) for c in order]
     for name,group in (('mIoU', list(range(len(names)))), ('rare mIoU', rare)):

@@ -16,8 +16,10 @@ from torch import nn, Tensor
 from torch.nn import functional as F
 from fastai.callback.core import Callback
 from fastai.learner import CastToTensor
-from .core import VOID, ClassSpec, check_choice
-from .losses import cross_entropy_options, loss_input, pixel_loss, plain_tensor, strip_weights
+from .core import VOID, ClassSpec, check_choice, check_ignored
+from .learner import added_terms
+from .losses import (cross_entropy_options, labelled_pixels, loss_input, pixel_loss, plain_tensor,
+                              strip_weights)
 from .prior import check_amounts, class_offsets
 from .ranks import pixel_shares
 from .schedules import Ramp, as_schedule, schedule_value
@@ -53,19 +55,30 @@ def published_weights(
 # %% ../nbs/33_rivals.ipynb #c2a49364
 class SegmentationLoss(nn.Module):
     "A pixel or region loss of any library, as fastai and DropClass want it."
+    reduction = 'mean' # 'none' gives each image's loss: fastai says so for a moment where it asks for those
     def __init__(self,
         inner:nn.Module, # Takes logits (N,C,h,w) and labels (N,h,w), and ignores `ignore_index`
         ignore_index:int=VOID, # Label of pixels that do not count
+        weight:Tensor|None=None, # Weight of each class (C,) that `inner` uses; None weighs all alike
     ):
         super().__init__()
-        self.inner,self.ignore_index = inner,ignore_index
+        if weight is not None: check_amounts(weight, 'weight')
+        self.inner,self.ignore_index,self.weight = inner,ignore_index,weight
 
     def forward(self,
         logits:Tensor, # Logits (N,C,h,w), any float type
         target:Tensor, # Labels (N,h,w)
-    ) -> Tensor: # Scalar loss; 0 where nothing counts
+    ) -> Tensor: # Scalar loss, or that of each image (N,); 0 where nothing counts
         logits,target = loss_input(logits, target)
-        if not (target!=self.ignore_index).any(): return 0*logits.sum()
+        check_ignored(self.ignore_index, logits.shape[1])
+        if self.weight is not None and len(self.weight)!=logits.shape[1]:
+            raise ValueError(f"There are {len(self.weight)} class weights for {logits.shape[1]} classes: give one per "
+                             f"class")
+        if self.reduction=='none': return torch.stack([self.mean(*o) for o in zip(logits.split(1), target.split(1))])
+        return self.mean(logits, target)
+
+    def mean(self, logits, target): # The loss of these images together
+        if not labelled_pixels(target, self.weight, self.ignore_index): return 0*logits.sum()
         return self.inner(logits, target)
 
     def activation(self, logits): return logits.softmax(1) # Probabilities (N,C,h,w)
@@ -97,11 +110,9 @@ class OhemLoss(nn.Module):
         if not len(losses): return 0*logits.sum() # All void
         least = min(len(losses), math.ceil(self.min_kept*len(losses)) if self.min_kept<1 else int(self.min_kept))
         hard = (losses>-math.log(self.thresh)) | (losses>=losses.detach().topk(least).values[-1])
-        if self.weight is not None and len(self.weight)!=logits.shape[1]:
-            raise ValueError(f"There are {len(self.weight)} class weights for {logits.shape[1]} classes: give one per "
-                             f"class")
         weight = torch.ones_like(losses) if self.weight is None else self.weight.to(losses)[target[valid]]
-        return (weight*losses)[hard].sum()/weight[hard].sum()
+        total = weight[hard].sum()
+        return (weight*losses)[hard].sum()/total.where(total>0, 1.) # 0 if only classes of weight 0 are hard
 
 # %% ../nbs/33_rivals.ipynb #85260d6b
 class LogitAdjustedLoss(nn.Module):
@@ -201,7 +212,7 @@ def region_loss(
         raise ValueError(f"`loss={name!r}` has no class weights, it balances the classes by itself: use weights='none'")
     if name in COUNTED_LOSSES and pixel_counts is None:
         raise ValueError(f"`loss={name!r}` needs `pixel_counts`: count the training masks")
-    return SegmentationLoss(kind(ignore_index=ignore_index, **given, **options), ignore_index)
+    return SegmentationLoss(kind(ignore_index=ignore_index, **given, **options), ignore_index, weight)
 
 # %% ../nbs/33_rivals.ipynb #7be9130f
 def check_loss_fits(
@@ -246,7 +257,10 @@ class FadeWeightsCallback(Callback):
         self.lams.append(lam := schedule_value(self.lam, min(self.pct_train, 1.), self.per_epoch, self.n_epoch, 'lam'))
         logits,target = loss_input(self.pred, plain_tensor(self.yb[0]))
         whole,even = pixel_shares(target, self.loss_func, masked_weights=False) # 1 and 1 but among ranks
+        weighted,added = self.loss_grad,added_terms(self.loss_grad, self.learn.loss)
+        if added is not None: weighted = self.learn.loss
         # The mean over no pixels is NaN
-        weighted = 0*logits.sum() if (target==self.options['ignore_index']).all() else self.loss_grad
-        self.learn.loss_grad = (1-lam)*whole*weighted+lam*even*pixel_loss(logits.log_softmax(1), target, self.options)
+        if (target==self.options['ignore_index']).all(): weighted,added = 0*logits.sum(),None
+        total = (1-lam)*whole*weighted+lam*even*pixel_loss(logits.log_softmax(1), target, self.options)
+        self.learn.loss_grad = total if added is None else total+added
         self.learn.loss = self.loss_grad.clone()

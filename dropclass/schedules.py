@@ -32,6 +32,10 @@ class Ramp:
     since:float=0. # Share of training at which the rise begins
     until:float=1. # Share of training at which it is complete
 
+    def __post_init__(self):
+        if not 0<=self.since<self.until<=1: raise ValueError("A ramp needs 0 <= since < until <= 1, got "
+            f"since={self.since}, until={self.until}")
+
     def __call__(self,
         pct:float, # Share of training done, 0..1
     ) -> float: # Value of the ramp
@@ -86,8 +90,6 @@ def hold_ramp(
 ) -> Ramp: # A schedule: callable pct -> value
     "Make a ramp that reaches its end early and holds it."
     start,end = check_unit(start, 'start'),check_unit(end, 'end')
-    if not 0<=since<until<=1: raise ValueError(f"A ramp needs 0 <= since < until <= 1, got since={since}, "
-        f"until={until}")
     return Ramp(start, end, since, until)
 
 # %% ../nbs/13_schedules.ipynb #6ae9ce4d

@@ -89,7 +89,8 @@ def _images(model, size):
     if first is None: raise ValueError("The model has no convolution, so the shape of its input is unknown: "
                                        "pass `probe`, a batch of two images")
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, first.in_channels, *[size]*len(first.kernel_size), generator=generator).to(first.weight)
+    shape = 2,first.in_channels,*[size]*len(first.kernel_size)
+    return torch.randn(shape, generator=generator, device='cpu').to(first.weight)
 
 # %% ../nbs/21_surgery.ipynb #869ef833
 def make_probe(
@@ -153,7 +154,7 @@ def _noised(model, probe, watched, names=()):
     def answer(m, args, out, name):
         own[name].append(out)
         if name not in names: return
-        noise = torch.randn(out.shape[1:], generator=generator).to(out)*(out.std()+1)
+        noise = torch.randn(out.shape[1:], generator=generator, device='cpu').to(out)*(out.std()+1)
         return noise.expand_as(out).clone() # What follows may overwrite it
     layers = named_layers(model, watched)
     with _hooked(*[m.register_forward_hook(partial(answer, name=n)) for n,m in zip(watched, layers)]):
@@ -293,7 +294,7 @@ def _alike(a, b):
 
 def _is_noise(at_features, out, features):
     "Is the gradient of the class scores nothing beside the gradient of a random sum of pixels?"
-    signs = torch.randn(out.shape, generator=torch.Generator().manual_seed(0)).to(out)
+    signs = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), device='cpu').to(out)
     other = _grad((out*signs).flatten(2).mean(2).sum(), features)
     return not at_features.abs().max() > other.abs().max()*torch.finfo(out.dtype).eps**.5
 
@@ -314,8 +315,8 @@ def _on_the_way(score, logits, behind):
 def _shaken(model, seed):
     "Other weights and statistics, and back: checkpointing reads them again in the backward pass."
     generator = torch.Generator().manual_seed(seed)
-    def draw(o): return torch.randn(o.shape, generator=generator).to(o)*(o.square().mean().sqrt() or .1)
-    def grow(o): return o*(1+torch.rand(o.shape, generator=generator).to(o))
+    def draw(o): return torch.randn(o.shape, generator=generator, device='cpu').to(o)*(o.square().mean().sqrt() or .1)
+    def grow(o): return o*(1+torch.rand(o.shape, generator=generator, device='cpu').to(o))
     ways = [(o, draw) for o in model.parameters()]+[(o, grow) for o in model.buffers()]
     kept = [(o, o.data, f) for o,f in ways if o.is_floating_point()]
     try:
@@ -348,7 +349,7 @@ class ClassifierFacts:
 # %% ../nbs/21_surgery.ipynb #56bfb33e
 def _score_slopes(out, spy):
     "A weighted sum of the class scores; its slope at the features; do the logits alone pass it on; by one map?"
-    weights = .5+torch.rand(out.shape[1], generator=torch.Generator().manual_seed(0)).to(out)
+    weights = .5+torch.rand(out.shape[1], generator=torch.Generator().manual_seed(0), device='cpu').to(out)
     score = (out.flatten(2).mean(2)*weights).sum()
     known = spy.logits is not None and spy.logits.requires_grad and score.requires_grad
     at_logits = _grad(score, spy.logits) if known else None

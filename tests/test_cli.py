@@ -179,8 +179,10 @@ def test_tune_takes_a_run_and_a_grid(runs, command, tmp_path):
     shutil.copytree(runs[0]/'plain', tmp_path/'run')
     code,out,err = command('tune', tmp_path/'run', '--on', 'valid', '--taus=-1,-0.5,0')
     assert code==0 and 'Written' in out, err
-    found = json.loads((tmp_path/'run'/'tuning.json').read_text())
-    assert [o['tau'] for o in found['curve']]==[-1., -.5, 0.]
+    assert '-0.0' not in out and 'nan' not in out.lower() and '\nLeave the network as it is: with ' in out
+    text = (tmp_path/'run'/'tuning.json').read_text()
+    assert [o['tau'] for o in json.loads(text)['curve']]==[-1., -.5, 0.]
+    assert '-0.0,' not in text and '-0.0\n' not in text and 'NaN' not in text
 
 
 def test_predict_writes_masks_of_the_images_size(runs, command, tmp_path):

@@ -168,7 +168,7 @@ readme_setup = """
 import torch
 from dropclass.testing import toy_dls
 dls = toy_dls(n=4, bs=2, num_classes=12, size=32)
-tune_dl,weights = dls.valid,torch.linspace(.5, 4, 12)
+tune_dl = dls.valid
 """
 readme_checks = """
 assert learn.recorder.values and all(torch.isfinite(torch.tensor(o)) for o in learn.validate())

@@ -1,9 +1,9 @@
-"""Draw what two runs make of streets in and out of their usual order; writes nbs/images/out_of_context.png.
+"""Draw what two runs make of streets in and out of context; writes nbs/images/out_of_context.png.
 
     python benchmarks/scenes/out_of_context.py runs/scenes/paste/plain_w-s0 runs/scenes/paste/paste_w-s0
 
 Both networks answer at the tau that their training images choose. The streets are those, of all test streets in and out
-of order, in which the second network finds most pixels of rare classes that the first misses.
+of context, in which the second network finds most pixels of rare classes that the first misses.
 """
 import argparse
 from pathlib import Path
@@ -55,7 +55,7 @@ def main():
     matplotlib.use('agg')
     fig,axs = plt.subplots(3, 4, figsize=(8,4.2), layout='constrained')
     row,seen = 0,set()
-    for world,dl,n in (('in order', dls.valid, 1), ('out of order', dls.unbiased, 2)):
+    for world,dl,n in (('in context', dls.valid, 1), ('out of context', dls.unbiased, 2)):
         x,y,*answers = predictions(models, dl)
         for i in most_different(y, *answers, run.metrics['rare'], n):
             shown = dls.valid.decode_batch((x[i:i+1], y[i:i+1]))[0][0]

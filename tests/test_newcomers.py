@@ -1,4 +1,5 @@
 "What users of other libraries bring: void among the class names, averaged weights, encoders of one size ..."
+import numpy as np
 import pytest
 import torch
 from copy import deepcopy
@@ -7,6 +8,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.learner import Learner
 from fastai.vision.data import SegmentationDataLoaders
 
+from dropclass import ClassPasteCallback, class_counts, median_frequency_weights
 from dropclass.analysis.ablations import DrawRare
 from dropclass.analysis.audit import audit
 from dropclass.analysis.subjects import iter_batches, learner_spec, open_model
@@ -72,6 +74,26 @@ def test_void_is_the_last_name_of_a_plain_network(tmp_path, outputs):
 
 def test_a_wrong_number_of_outputs_is_still_refused(tmp_path):
     with pytest.raises(ValueError, match='No convolution with 6 outputs'): camvid_like(tmp_path, 4)
+
+
+# ---- the recommended training, with DataLoaders of fastai's own
+
+def test_the_recipe_takes_dls_of_fastai(tmp_path):
+    "Counts, weights, class paste and tuning ask the DataLoaders of a plain `from_label_func` for all they need."
+    write_toy_folder(tmp_path, 12, 4, (32,48))
+    mask = lambda o: tmp_path/'masks'/o.name
+    dls = SegmentationDataLoaders.from_label_func(tmp_path, sorted((tmp_path/'images').iterdir()), mask, bs=4, seed=0,
+                                                  codes=[f'c{i}' for i in range(4)], device='cpu', num_workers=0)
+    labels = torch.stack([torch.from_numpy(np.array(y)) for _,y in dls.train_ds])
+    counts,weights = class_counts(dls),median_frequency_weights(dls)
+    assert counts.tolist()==[int((labels==c).sum()) for c in range(4)] and min(counts)>0
+    assert torch.equal(counts, class_counts(dls.train_ds, 4)) and len(weights)==4
+    loss = CrossEntropyLossFlat(axis=1, weight=weights, ignore_index=255)
+    learn = quiet_fit(Learner(dls, SmallSegNet(4, width=4), loss), 1, cbs=ClassPasteCallback(never='c0'))
+    found = learn.tune_prior()
+    assert len(found.offsets)==4 and found.confusions[0].shape==(4,4)
+    with pytest.raises(ValueError, match="`never` names 'c9'"):
+        quiet_fit(learn, 1, cbs=ClassPasteCallback(never='c9'))
 
 
 # ---- averaged weights

@@ -15,6 +15,7 @@ _OFFERS = dict(
     fold='fold_dropclass',
     models='create_model',
     metrics='evaluate',
+    stats='class_counts median_frequency_weights',
     callback='DropClassCallback',
     rivals='FadeWeightsCallback',
     paste='ClassPasteCallback paste_classes',

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastcore.basics import patch
 from fastai.callback.core import Callback
 from fastai.learner import CastToTensor, ValueMetric
-from .fused import find_resize, resize_cross_entropy, resized_max
+from .fused import find_resize, fuses, resize_cross_entropy, resized_max
 from .head import split_paths
 from .learner import labels_do, only_predicts, show_pixel, take_answer
 from .losses import has_labels
@@ -140,8 +140,8 @@ def stacked_answer(self:DropClassHistory):
 @patch
 def valid_resize(self:DropClassHistory) -> dict|None: # Options of the fused loss; None for full size
     "Take the route that training took."
-    routes = list(self.owner.routes.values())
-    if routes and all(isinstance(o, dict) for o in routes): return routes[0]
+    found,loss = list(self.owner.resizes.values()),fuses(self.loss_func)
+    if found and loss and all(isinstance(o, dict) for o in found): return {**loss, **found[0]}
 
 @patch
 def small_answer(self:DropClassHistory,
@@ -197,7 +197,8 @@ def plot_schedule(self:DropClassHistory,
     import matplotlib.pyplot as plt
     table,top = self.history,max(len(self.names)-1, 1)
     ax = ax or plt.subplots(figsize=(7, min(max(2.4, .2*len(self.names)), 6)), layout='constrained')[1]
-    table.plot('step', ['lam','drop_prob'], style=['-','--'], ax=ax, ylabel='value', ylim=(-.05, 1.05))
+    table.plot('step', 'lam', lw=5, alpha=.35, ax=ax) # Broad, since the other line often lies upon it
+    table.plot('step', 'drop_prob', ax=ax, ylabel='value', ylim=(-.05, 1.05))
     rows = table[table.dropped_class.notna()]
     heights = [self.names.index(o)/top for o in rows.dropped_class]
     ax.scatter(rows.step, heights, marker='|', s=24, lw=.8, color='k', alpha=.5, label='dropped class')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['class_names', 'class_count', 'class_labels', 'add_head', 'extend_optimizer', 'only_predicts', 'take_answer',
-           'show_pixel', 'may_read_pred', 'labels_do']
+           'show_pixel', 'may_read_pred', 'labels_do', 'before_casts', 'added_terms']
 
 # %% ../nbs/28_learner.ipynb #711f7766
 from contextlib import suppress
@@ -12,6 +12,7 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from fastai.callback.core import Callback
 from fastai.callback.fp16 import MixedPrecision
 from fastai.data.transforms import get_c
@@ -139,3 +140,24 @@ def labels_do(
 ) -> bool: # Does it look at predicted labels, or at no prediction?
     "Ask a metric; one that says nothing is taken to look at logits."
     return getattr(metric, 'takes_labels', isinstance(metric, ValueMetric))
+
+# %% ../nbs/28_learner.ipynb #28add002
+def before_casts(
+    node, # A node of autograd's graph
+    nr:int=0, # Which of its outputs
+) -> tuple: # The same, or the node and output that casts to another class of tensor have led to it
+    "Step over casts."
+    while node.name()=='AliasBackward0': node,nr = node.next_functions[0]
+    return node,nr
+
+def added_terms(
+    loss_grad:Tensor, # The loss as other callbacks have left it, scalar
+    loss:Tensor, # fastai's clone of the loss as it was computed, scalar
+) -> Tensor|None: # What was added to it, scalar; None if nothing was, or if it was scaled or replaced
+    "Find what other callbacks have added to the loss."
+    if loss.grad_fn is None or loss_grad.grad_fn is None: return None
+    clone,_ = before_casts(loss.grad_fn)
+    computed = before_casts(*clone.next_functions[0]) # The clone hangs on what it was cloned from
+    if before_casts(loss_grad.grad_fn)==computed: return None
+    slope, = torch.autograd.grad(loss_grad, GradientEdge(*computed), retain_graph=True, allow_unused=True)
+    return loss_grad-loss if slope is not None and slope==1 else None

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from fastai.callback.core import Callback
 from fastai.learner import CastToTensor
 from .core import VOID, ClassSpec, check_choice, check_ignored
+from .learner import added_terms
 from .losses import (cross_entropy_options, labelled_pixels, loss_input, pixel_loss, plain_tensor,
                               strip_weights)
 from .prior import check_amounts, class_offsets
@@ -258,7 +259,10 @@ class FadeWeightsCallback(Callback):
         self.lams.append(lam := schedule_value(self.lam, min(self.pct_train, 1.), self.per_epoch, self.n_epoch, 'lam'))
         logits,target = loss_input(self.pred, plain_tensor(self.yb[0]))
         whole,even = pixel_shares(target, self.loss_func, masked_weights=False) # 1 and 1 but among ranks
+        weighted,added = self.loss_grad,added_terms(self.loss_grad, self.learn.loss)
+        if added is not None: weighted = self.learn.loss
         # The mean over no pixels is NaN
-        weighted = 0*logits.sum() if (target==self.options['ignore_index']).all() else self.loss_grad
-        self.learn.loss_grad = (1-lam)*whole*weighted+lam*even*pixel_loss(logits.log_softmax(1), target, self.options)
+        if (target==self.options['ignore_index']).all(): weighted,added = 0*logits.sum(),None
+        total = (1-lam)*whole*weighted+lam*even*pixel_loss(logits.log_softmax(1), target, self.options)
+        self.learn.loss_grad = total if added is None else total+added
         self.learn.loss = self.loss_grad.clone()

@@ -8,6 +8,7 @@ __all__ = ['ImageCounts', 'count_images', 'image_class_counts', 'ClassStats', 'c
 
 # %% ../nbs/51_stats.ipynb #489d89e8
 import warnings
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -16,14 +17,17 @@ from .core import ClassSpec, whole_labels
 
 # %% ../nbs/51_stats.ipynb #e3d91d92
 def _sequence(ds):
-    "The pairs behind a DataLoader or a data set."
+    "The pairs behind DataLoaders, a DataLoader or a data set."
+    ds = getattr(ds, 'train_ds', ds)
     if not hasattr(ds, '__getitem__') and hasattr(ds, 'dataset'): ds = ds.dataset
     return getattr(ds, 'source', ds)
 
 def _num_classes(ds, given):
-    "The number of classes: as given, or as the data set says."
+    "The number of classes: as given, or as the data say."
     if given is not None: return given
-    if hasattr(ds, 'spec'): return len(ds.spec)
+    for names in ('spec','train.after_item.vocab','vocab'): # The second is where fastai keeps the codes of masks
+        try: return len(attrgetter(names)(ds))
+        except (AttributeError, TypeError): pass
     raise ValueError(f"{type(ds).__name__} does not say how many classes there are: pass `num_classes`")
 
 # %% ../nbs/51_stats.ipynb #2557a762
@@ -34,12 +38,13 @@ class ImageCounts(NamedTuple):
 
 # %% ../nbs/51_stats.ipynb #56957c8e
 def count_images(
-    ds, # Pairs (image, labels (H,W)), such as `dls.train_ds`; `get_mask(i)` is used where there is one
-    num_classes:int|None=None, # Number of classes, C; None asks `ds.spec`
+    ds, # fastai DataLoaders, or pairs (image, labels (H,W)); `get_mask(i)` is used where there is one
+    num_classes:int|None=None, # Number of classes, C; None asks the data for their classes
 ) -> ImageCounts: # The table
     "Count the pixels of every class in every image, once."
-    ds = _sequence(ds)
-    C,kept = _num_classes(ds, num_classes),getattr(ds, '_image_counts', None)
+    dls,ds = ds,_sequence(ds)
+    C = _num_classes(dls if hasattr(dls, 'train_ds') else ds, num_classes)
+    kept = getattr(ds, '_image_counts', None)
     if kept is not None and kept.pixels.shape==(len(ds), C): return kept
     labels = getattr(ds, 'get_mask', lambda i: ds[i][1])
     pixels,sizes = torch.zeros(len(ds), C, dtype=torch.long),torch.zeros(len(ds), dtype=torch.long)
@@ -53,8 +58,8 @@ def count_images(
 
 # %% ../nbs/51_stats.ipynb #c4f22f5d
 def image_class_counts(
-    ds, # Pairs (image, labels (H,W))
-    num_classes:int|None=None, # Number of classes, C; None asks `ds.spec`
+    ds, # As for `count_images`
+    num_classes:int|None=None, # Number of classes, C; None asks the data
 ) -> Tensor: # Pixels of each class in each image (M,C), int64; void is not counted
     "Count the pixels of every class in every image."
     return count_images(ds, num_classes).pixels
@@ -67,8 +72,8 @@ class ClassStats(NamedTuple):
     present_pixels:Tensor # All pixels, void too, of the images that hold the class (C,), int64
 
 def class_stats(
-    ds, # Pairs (image, labels (H,W))
-    num_classes:int|None=None, # Number of classes, C; None asks `ds.spec`
+    ds, # As for `count_images`
+    num_classes:int|None=None, # Number of classes, C; None asks the data
 ) -> ClassStats: # The counts
     "Count pixels and images per class."
     pixels,sizes = count_images(ds, num_classes)
@@ -77,8 +82,8 @@ def class_stats(
 
 # %% ../nbs/51_stats.ipynb #97d5d48c
 def class_counts(
-    ds, # Pairs (image, labels (H,W))
-    num_classes:int|None=None, # Number of classes, C; None asks `ds.spec`
+    ds, # As for `count_images`
+    num_classes:int|None=None, # Number of classes, C; None asks the data
 ) -> Tensor: # Pixels per class (C,), int64; void is not counted
     "Count the pixels of every class."
     return class_stats(ds, num_classes).pixels
@@ -113,8 +118,8 @@ def check_validation(
 
 # %% ../nbs/51_stats.ipynb #dc6431c4
 def median_frequency_weights(
-    ds, # Pairs (image, labels (H,W)), or `ClassStats` already counted
-    num_classes:int|None=None, # Number of classes, C; None asks `ds.spec`
+    ds, # As for `count_images`, or `ClassStats` already counted
+    num_classes:int|None=None, # Number of classes, C; None asks the data
 ) -> Tensor: # Weights (C,), float32; 0 for a class that is in no image
     "Weigh classes by the median of their frequencies over their own."
     stats = ds if isinstance(ds, ClassStats) else class_stats(ds, num_classes)

@@ -19,6 +19,7 @@ from dropclass.metrics import confusion_matrix, evaluate, mean_iou
 from dropclass.models import create_model
 from dropclass.prior import (TAUS, PriorTuning, ShiftedOutput, class_offsets, counts_miou, grid_confusions,
                              prior_confusions, probe_logits, shift_classes, tune_prior, unshift_classes)
+from dropclass.stats import median_frequency_weights
 from dropclass.testing import ToyNet, toy_batch, toy_learner
 from test_export import Tensor as LogitsOnly, trained
 from test_zoo import C, logits, nets, offsets, over_pixels, shifted_by_offsets, weights
@@ -231,6 +232,17 @@ def test_learner_without_weights():
     assert rare[1]>rare[0]
 
 
+def test_learner_whose_weights_hold_a_zero():
+    "The package's own weights are 0 for a class without training pixels: it stays where it is, the others move."
+    x,y = toy_batch(8, size=32, void=False)
+    learn = rare_learner(median_frequency_weights(list(zip(x, y.where(y!=2, 0))), C))
+    learn.fit(1)
+    bias = learn.model.classifier.bias.detach().clone()
+    found = learn.tune_prior(taus=[-1.,1.], metric=lambda right, labelled, predicted: -predicted[...,0])
+    moved = learn.model.classifier.bias.detach()-bias
+    assert found.tau and (moved!=0).tolist()==[True, True, False, True] and abs(moved.sum())<1e-5
+
+
 # ---- counting
 
 @pytest.mark.parametrize('shape', [(1,2,7,5), (3,19,40,50), (2,6,200,200), (2,4,6,5,4)], ids=str)
@@ -267,6 +279,7 @@ def test_all_void_and_one_image():
     with pytest.raises(ValueError, match='images are void'): tune_prior(ToyNet(), void, weights)
     with pytest.warns(UserWarning, match='with 1 images'): found = tune_prior(ToyNet(), [(x, y)], weights)
     assert found.held_out_gain()!=found.held_out_gain() # nan
+    assert 'nan' not in repr(found) and repr(found).endswith('the choice is a guess.')
 
 
 def test_resamples_and_folds_by_hand():
@@ -288,3 +301,14 @@ def test_resamples_and_folds_by_hand():
         chosen.add(best)
     assert len(chosen)>1
     assert abs(found.held_out_gain()-float(counts_miou(*picked)-counts_miou(*images[:,0].sum(0))))<1e-12
+
+
+def test_what_is_read_has_no_negative_zero():
+    "Small losses round to 0; stored offsets keep their sign."
+    images = torch.full((20, 2, 3, 2), 1000)
+    images[:,1,0,0] = 999
+    found = PriorTuning((0.,1.), class_offsets([1.,2.], (0.,1.)), torch.tensor([[[20000,0],[0,20000]]]*2), images,
+                        counts_miou, 'miou', [1])
+    assert torch.signbit(found.grid[0]).any() and not torch.signbit(found.offsets).any()
+    found.choose = lambda scores: 1
+    assert '-0.0' not in repr(found) and 'Leave the network as it is: with 20 images' in repr(found)

@@ -276,8 +276,8 @@ def plot_plan(
     "Draw the ramps, and every drop as a dot on the line of its class."
     fig = Figure(figsize=(8, max(2.4, 1.3+.13*len(names))), layout='constrained')
     left,right = fig.subplots(1, 2, width_ratios=(1,1.5))
-    for column,style,name in (('lam','-','lambda'), ('drop_prob','--','drop probability')):
-        left.step(plan.step, plan[column], style, where='post', label=name)
+    for column,name,style in (('lam','lambda',dict(lw=5, alpha=.35)), ('drop_prob','drop probability',{})):
+        left.step(plan.step, plan[column], where='post', label=name, **style) # The second often lies upon the first
     left.set(xlabel='step', ylim=(-.03,1.03))
     left.legend(frameon=False, fontsize=8)
     right.plot(plan.step, plan.dropped_class, '|', ms=7, color='#d1603d')

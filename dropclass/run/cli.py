@@ -134,10 +134,11 @@ def tune(
     model:Path=None, # Weights of a network instead, .safetensors or .pth
     arch:str=None, # Its architecture: small, torchvision:NAME, timm:NAME, smp:ARCH:ENCODER ...
     data:Path=None, # With --model: folder with images, masks and classes.txt, or a copy of CamVid
-    weights:str=None, # With --model: class weights it was trained with, commas between (none)
+    weights:str=None, # With --model: class weights it was trained with, commas between (none: along pixel counts)
     size:str=None, # With --model: height x width to bring the images to, such as 192x256
     on:str='valid', # Images of a run to tune on: valid, or train
-    # Values of tau to try: --taus=-1.5,-1,-0.5,0 for a network trained without weights, say (-0.5 to 1.5)
+    # Values of tau to try, such as --taus=0,0.5,1,1.5,2: above 0 they take class weights back; of a network trained
+    # without any they raise the rare classes (-0.5 to 1.5)
     taus:str=None,
     metric:str='miou', # What to maximise: miou or rare_miou
     out:Path=None, # With --model: folder for tuning.json and tuning.png (tuning)
@@ -157,7 +158,8 @@ def tune(
             given = read_numbers(weights, '--weights')
             found,names = tune_file(model, arch, data, given, read_size(size), metric, taus)
         files = save_tuning(found, out or Path('tuning'), names)
-        tables = '\n\n'.join(o.round(1).to_string() for o in (found.table(), found.classes(names)))
+        shown = dict(float_format=lambda o: f"{round(o, 1)+0.:.1f}", na_rep='-') # No -0.0, no nan
+        tables = '\n\n'.join(o.to_string(**shown) for o in (found.table(), found.classes(names)))
         print(f"{found}\n\n{tables}\n\nWritten: {files[0]}, {files[1].name}")
         return files
 

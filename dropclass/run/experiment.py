@@ -7,9 +7,9 @@ __all__ = ['data_function', 'sampling_options', 'data_parameters', 'check_data_o
            'make_loss', 'make_opt_func', 'poly', 'lr_schedule', 'read_schedule', 'make_method', 'make_changes',
            'BFloat16', 'check_arch', 'make_learner', 'random_states', 'set_random_states', 'save_checkpoint',
            'data_files', 'load_checkpoint', 'check_checkpoint', 'RunRecorder', 'StopDiverged', 'RefuseSingle',
-           'ValidEvery', 'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted', 'open_folder', 'known_weights',
-           'shift_grid', 'summarize', 'evaluate_paths', 'evaluate_full_size', 'save_counts', 'prior_counts',
-           'plot_examples', 'finish_run', 'train_run', 'Run', 'load_run', 'image_options']
+           'ValidEvery', 'EpochLines', 'hold_folder', 'check_unused', 'clear_unstarted', 'open_folder', 'summarize',
+           'evaluate_paths', 'evaluate_full_size', 'save_counts', 'prior_counts', 'plot_examples', 'finish_run',
+           'train_run', 'Run', 'load_run', 'image_options']
 
 # %% ../../nbs/70_run.experiment.ipynb #09dd1cbb
 import inspect
@@ -666,22 +666,6 @@ def open_folder(
     _note_folder(out, config)
     return checkpoint
 
-# %% ../../nbs/70_run.experiment.ipynb #cb5518a3
-def known_weights(
-    weights, # Class weights (C,), a tensor; 0 for a class without a training pixel
-): # The same on the CPU, where such a class has the middle weight and stays where it is
-    "Give every class a weight with a logarithm."
-    weights = weights.detach().cpu()
-    return weights.where(weights>0, weights[weights>0].log().mean().exp())
-
-def shift_grid(
-    pixel_counts, # Pixels of each class in the training set (C,)
-    weights=None, # Class weights of the loss (C,); None where it has none
-): # Offsets (T,C), one row for each of `TAUS`
-    "Choose the line along which a run's class bias is shifted."
-    if weights is None: return class_offsets(counts=pixel_counts, tau=TAUS)
-    return class_offsets(known_weights(weights), TAUS)
-
 # %% ../../nbs/70_run.experiment.ipynb #5f86b39f
 def summarize(
     cm, # Confusion matrix (C,C), rows truth, columns prediction
@@ -794,7 +778,7 @@ def finish_run(
     "Evaluate a trained network and write everything that tables are made from."
     head,spec = get_head(learn.model),learn.dls.spec
     counts = class_counts(learn.dls.train.dataset)
-    offsets = shift_grid(counts, getattr(learn.loss_func, 'weight', None))
+    offsets = class_offsets(getattr(learn.loss_func, 'weight', None), TAUS, counts)
     found = evaluate_paths(learn.model, learn.dls, offsets)
     full = evaluate_full_size(learn.model, learn.dls)
     if not is_first(): return
@@ -970,7 +954,7 @@ def subject(self:Run,
     model = self.load_model().to(default_device() if device is None else check_device(device))
     about = f"run {self.folder.name} ({self.config.method}, {self.config.epochs} epochs on {self.config.data})"
     counts = torch.tensor(self.metrics['pixel_counts'])
-    def weights(): return prior_counts(self.folder)['offsets'][TAUS.index(1.)].neg().exp() # As `shift_grid` wrote them
+    def weights(): return prior_counts(self.folder)['offsets'][TAUS.index(1.)].neg().exp() # See `finish_run`
     known = self.config.weights!='none' and (self.folder/'prior.npz').is_file()
     return Subject(answer_by(model, path), self.spec, self.folder.name, self.load_data, counts, about,
                    weights if known else None)

@@ -15,7 +15,7 @@ from ..analysis.subjects import file_channels, load_network, open_images
 from ..core import check_choice, writing, write_json
 from ..data.core import full_size_dl
 from ..prior import TAUS, PriorTuning, shift_classes, tune_prior
-from .experiment import Run, known_weights, load_run, make_weights
+from .experiment import Run, load_run, make_weights
 from ..stats import class_counts
 
 # %% ../../nbs/77_run.tune.ipynb #ce15d72a
@@ -31,7 +31,6 @@ def tune_run(
     dls = run.load_data()
     dl = full_size_dl(dls.valid if check_choice(on, TUNE_ON, 'on')=='valid' else dls.valid.new(dls.train.dataset))
     weights,counts = make_weights(run.config, dls),class_counts(dls.train.dataset)
-    if weights is not None: weights = known_weights(weights)
     model = run.load_model().to(dls.device)
     return tune_prior(model, dl, weights, counts, metric, taus, dls.spec.ignore_index)
 
@@ -46,7 +45,7 @@ def save_tuning(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder/'tuning.json', folder/'tuning.png']
-    curve = found.table().reset_index().round(4).to_dict('records')
+    curve = (found.table().reset_index().round(4)+0.).astype(object).replace(float('nan'), None).to_dict('records')
     offsets = dict(zip(names, found.offsets.tolist()))
     about = dict(format=1, tau=found.tau, metric=found.name, images=len(found.images))
     write_json(files[0], {**about, 'offsets':offsets, 'curve':curve})

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from ..core import check_choice
-from ..prior import class_totals, counts_miou
+from ..prior import class_totals, counts_miou, counts_rates
 from .compare import paired_difference
 from .experiment import load_run, prior_counts
 
@@ -71,9 +71,7 @@ def score_totals(
     rare:list, # Labels of the rare classes
 ) -> dict: # 'miou', and 'rare' (mIoU), 'recall', 'precision' of the rare classes; percent
     "Score what a run predicts."
-    right,labelled,predicted = totals[:,rare].double()
-    share = right/torch.stack([labelled,predicted.clamp(min=1)])
-    recall,precision = share[:,labelled>0].mean(1)
+    recall,precision = (o.nanmean() for o in counts_rates(*totals[:,rare]))
     scores = dict(miou=counts_miou(*totals), rare=counts_miou(*totals, classes=rare), recall=recall,
                   precision=precision)
     return {k:100*o.item() for k,o in scores.items()}

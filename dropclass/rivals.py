@@ -78,7 +78,7 @@ class SegmentationLoss(nn.Module):
         return self.mean(logits, target)
 
     def mean(self, logits, target): # The loss of these images together
-        if not labelled_pixels(target, self.weight, self.ignore_index): return 0*logits.sum()
+        if not (target!=self.ignore_index).any(): return 0*logits.sum()
         return self.inner(logits, target)
 
     def activation(self, logits): return logits.softmax(1) # Probabilities (N,C,h,w)
@@ -172,7 +172,9 @@ class DiceCELoss(nn.Module):
         logits, # Logits (N,C,h,w), float32
         target, # Labels (N,h,w), int64
     ): # Scalar loss
-        return self.ce(logits, target)+self.dice_weight*self.dice(logits, target)
+        counts = labelled_pixels(target, self.ce.weight, self.ce.ignore_index)>0 # The mean over no pixels is NaN
+        ce = self.ce(logits, target) if counts else 0*logits.sum()
+        return ce+self.dice_weight*self.dice(logits, target)
 
 def _smp_loss(name, ignore_index, weight=None, **options):
     "Build a multi-class loss of segmentation_models_pytorch."

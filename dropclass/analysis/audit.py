@@ -89,13 +89,16 @@ def audit(
     classifier:str|None=None, # Name of the classifier; None finds it
     weak:int=4, # How many weak classes to show
     examples:int=2, # Images of each
-    labels:tuple|None=None, # Names of the networks in the report
+    labels:tuple|str|None=None, # Names of the networks in the report
     seed:int=0, # Seed of the noise
     progress=True, # Show a bar? Or a function that wraps the batches
 ) -> Audit: # Measurements; `.report(path)` writes them
     "Measure what a trained network leans on, mixes up and misses."
     subjects = [open_model(model, class_names)] if other is None else [*open_both(model, other, class_names)]
-    if labels: subjects = [s._replace(label=o) for s,o in zip(subjects, labels)]
+    labels = [labels] if isinstance(labels, str) else labels or [o.label for o in subjects]
+    if len(labels)!=len(subjects):
+        raise ValueError(f"`labels` must name each network, {len(subjects)} in all, got {labels!r}")
+    subjects = [s._replace(label=o) for s,o in zip(subjects, labels)]
     first = subjects[0]
     data,names = _own_size(open_data(first, data, test))
     if iter(data) is data:
@@ -588,6 +591,11 @@ def _sum_table(audit):
     table = entanglement_table(*have) if len(have)==2 else have[0].table()[list(MEASURES)]
     return table.loc[[*(audit.spec.names[c] for c in audit.order), 'mean']]
 
+def _object_table(rows):
+    "Objects by size; a size of which there is none is left out."
+    df = pd.DataFrame(rows, dtype=object)
+    return df[[o for o in df if df[o.split()[0]].any()]]
+
 def _confusion_table(figures):
     "The worst confusions as a table."
     pairs = zip(*(_each(o, [n['label'] for n in figures['networks']], ', ') for o in ('% of the class','back %')))
@@ -604,7 +612,7 @@ def _report_values(audit):
     return dict(a=figures, pages=pages, many=len(audit.networks)>1, spec=audit.spec, advice=ADVICE,
                 classes=_class_table(figures), bars=_each('IoU', audit.labels), robustness=audit.robustness,
                 trust=[o.trust.table() for o in audit.networks], doubtful=pd.DataFrame(figures['doubtful']),
-                objects=[pd.DataFrame(o, dtype=object) for o in figures['objects']],
+                objects=[_object_table(o) for o in figures['objects']],
                 sums=_sum_table(audit), confusions=_confusion_table(figures), cosines=cosines,
                 contexts=[part(o.fall.numpy(), axis='erased') for o in audit.networks],
                 context_limit=max(10., *(float(o.fall.nan_to_num().abs().max()) for o in audit.networks)))

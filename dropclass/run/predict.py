@@ -8,6 +8,7 @@ __all__ = ['IMAGE_ENDINGS', 'find_images', 'predict_mask', 'tile_starts', 'tile_
 
 # %% ../../nbs/74_run.predict.ipynb #6e1d74a2
 import tempfile
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -228,8 +229,22 @@ def _open_run(run, tuned, device):
     return _Labeller(model.to(device), run.spec, show, read, label_map)
 
 # %% ../../nbs/74_run.predict.ipynb #6f04b6b8
+@contextmanager
+def _answering(model, path):
+    "Evaluation mode, and the path that answers, for a while."
+    from dropclass.analysis.subjects import answer_by
+    from dropclass.core import eval_mode
+    from dropclass.surgery import get_head
+    head = get_head(model)
+    before = head and head.predict
+    try:
+        with eval_mode(answer_by(model, path)): yield
+    finally:
+        if head: head.predict = before
+
 def _labeller(model, spec, tuned, device):
     "A run or a network, ready to label images."
+    from dropclass.core import check_network
     from dropclass.run.compare import read_run
     from dropclass.run.experiment import load_run
     from dropclass.surgery import make_probe
@@ -237,6 +252,7 @@ def _labeller(model, spec, tuned, device):
     if hasattr(model, 'load_model'):
         found = _open_run(model, tuned, device)
         return found._replace(spec=spec or found.spec)
+    check_network(model)
     if tuned: raise ValueError("`tuned=True` is for runs, and this is a network: shift it by `shift_classes`")
     if spec is None: raise ValueError("`spec` is missing: give the `ClassSpec` of the network's classes")
     try: in_chans = make_probe(model).shape[1]
@@ -274,19 +290,18 @@ def predict_images(
     tuned:bool=False, # Shift the class bias of a run by what `dropclass-tune` found?
 ) -> list: # (mask file, overlay file) per image
     "Label images with a trained network, and write masks and overlays."
-    from dropclass.analysis.subjects import answer_by
     from dropclass.core import check_unit, writing
     from dropclass.data.core import read_image
     check_unit(alpha, 'alpha')
     net = _labeller(model, spec, tuned, device)
-    answer_by(net.model, path).eval()
-    files = find_images(images, **net.read)
-    over_strips = tile is not None and len(files)==1 # One image: the bar shows its strips
-    label = _way(net, size, tile, progress if over_strips else iter)
-    labels = file_labels(net.label_map, len(net.spec), net.spec.ignore_index)
-    plan = _plan_outputs(files, Path(out), overwrite)
-    for file,*targets in (iter if over_strips else progress)(plan):
-        image = read_image(file, **net.read)
-        _write_pictures(targets, image, label(image), net, labels, alpha)
+    with _answering(net.model, path):
+        files = find_images(images, **net.read)
+        over_strips = tile is not None and len(files)==1 # One image: the bar shows its strips
+        label = _way(net, size, tile, progress if over_strips else iter)
+        labels = file_labels(net.label_map, len(net.spec), net.spec.ignore_index)
+        plan = _plan_outputs(files, Path(out), overwrite)
+        for file,*targets in (iter if over_strips else progress)(plan):
+            image = read_image(file, **net.read)
+            _write_pictures(targets, image, label(image), net, labels, alpha)
     with writing(Path(out)/'legend.png') as temp: _legend_image(net.spec, labels).save(temp, format='PNG')
     return [tuple(targets) for _,*targets in plan]

@@ -28,7 +28,7 @@ $(STAMP): settings.ini setup.py
 	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
-demo: $(STAMP) ## train plain, with DropClass, fading class weights and class paste, on generated street scenes, and compare (ARGS="--help")
+demo: $(STAMP) ## train with class weights alone, DropClass, fading weights and class paste, on generated streets, and compare (ARGS="--help")
 	$(BIN)/dropclass-demo $(ARGS)
 
 test: $(STAMP) ## run every notebook, then pytest; no network, a few minutes

@@ -305,8 +305,8 @@ def test_resamples_and_folds_by_hand():
 
 def test_what_is_read_has_no_negative_zero():
     "Small losses round to 0; stored offsets keep their sign."
-    images = torch.full((20, 2, 3, 2), 1000)
-    images[:,1,0,0] = 999
+    images = torch.full((20, 2, 3, 2), 100_000)
+    images[:,1,0,0] -= 1
     found = PriorTuning((0.,1.), class_offsets([1.,2.], (0.,1.)), torch.tensor([[[20000,0],[0,20000]]]*2), images,
                         counts_miou, 'miou', [1])
     assert torch.signbit(found.grid[0]).any() and not torch.signbit(found.offsets).any()

@@ -212,16 +212,16 @@ def demo(
     out:Path=None, # Folder of the demo (runs/demo-...); finished runs in it are not trained again
     debug:bool=False, # Show the traceback of an error
 ):
-    "Train plain, with DropClass, fading class weights and class paste, on generated scenes, side by side, and compare."
+    "Train with class weights alone, DropClass, fading weights and class paste, on generated scenes, and compare."
     with one_line_errors(debug, lambda: "Finished epochs are kept; the same command goes on from there."):
         from dropclass.run.demo import check_demo, demo_configs, show_demo, train_side_by_side
         if epochs<1: raise ValueError(f"`--epochs` must be 1 or more, got {epochs}")
         out = Path(out or f'runs/demo-n{n_train}-e{epochs}-{size}-a{alpha:g}-s{seed}')
         configs = demo_configs(epochs, n_train, n_test, read_size(size), seed, alpha)
         check_demo(configs) # Fails before anything is started, if at all
-        print(f"Plain, DropClass, fading class weights, class paste: {n_train} biased street scenes of {size} "
+        print(f"Class weights alone, DropClass, fading weights, class paste: {n_train} biased street scenes of {size} "
               f"pixels, {epochs} epochs each, side by side; into {out}\n"
-              "The regime: few images and long training, where plain networks overfit to the usual context; "
+              "The regime: few images and long training, where networks overfit to the usual context; "
               f"suppression weight alpha {alpha:g}.\n", flush=True)
         outs = train_side_by_side(configs, out, write=partial(print, flush=True))
         return show_demo(list(outs.values()), out)

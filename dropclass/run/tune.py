@@ -45,7 +45,7 @@ def save_tuning(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder/'tuning.json', folder/'tuning.png']
-    curve = (found.table().reset_index().round(4)+0.).astype(object).replace(float('nan'), None).to_dict('records')
+    curve = found.table().reset_index().round(4).astype(object).replace(float('nan'), None).to_dict('records')
     offsets = dict(zip(names, found.offsets.tolist()))
     about = dict(format=1, tau=found.tau, metric=found.name, images=len(found.images))
     write_json(files[0], {**about, 'offsets':offsets, 'curve':curve})

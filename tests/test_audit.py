@@ -324,7 +324,7 @@ def test_learner_with_both_paths():
 def test_run_folders(runs, tmp_path):
     found = audit(load_run(runs/'plain'), other=load_run(runs/'dropclass'), progress=False)
     assert [o.label for o in found.networks]==['plain','dropclass'] and found.counts_are=='the training set'
-    assert 'run dropclass (dropclass, 1 epochs on scenes)' in found.report(tmp_path/'r.md')[0].read_text()
+    assert 'run dropclass (dropclass on scenes, epochs: 1)' in found.report(tmp_path/'r.md')[0].read_text()
     unbiased = audit(load_run(runs/'plain'), test='unbiased', progress=False)
     assert torch.equal(unbiased.context.confusion, load_run(runs/'plain').confusion('unbiased'))
 

@@ -105,7 +105,7 @@ def class_bias(
     batches = iter_batches(show_progress(data, progress), max_images=max_images, alike=False)
     weights = subject.class_weights()
     line = dict(counts=pixel_counts, tau=BOTH_WAYS) if weights is None else dict(weights=weights, tau=TAUS)
-    try: # Networks that return probabilities, and losses that leave out a class, have no such line
+    try: # Networks that return probabilities have no such line
         offsets = class_offsets(**line)
         images = prior_confusions(subject.model, batches, offsets, subject.spec.ignore_index, per_image=True)[1]
     except ValueError: return None

@@ -220,7 +220,7 @@ def demo(
         configs = demo_configs(epochs, n_train, n_test, read_size(size), seed, alpha)
         check_demo(configs) # Fails before anything is started, if at all
         print(f"Class weights alone, DropClass, fading weights, class paste: {n_train} biased street scenes of {size} "
-              f"pixels, {epochs} epochs each, side by side; into {out}\n"
+              f"pixels, epochs: {epochs} each, side by side; into {out}\n"
               "The regime: few images and long training, where networks overfit to the usual context; "
               f"suppression weight alpha {alpha:g}.\n", flush=True)
         outs = train_side_by_side(configs, out, write=partial(print, flush=True))
@@ -539,7 +539,7 @@ def train_command(
         say = partial(print, flush=True) if is_first() else lambda o: None
         ranks = f", {num_ranks()} processes" if num_ranks()>1 else ""
         say(f"{'Resuming' if resume else 'Training'} {config.method} on {config.data}: {config.arch}, "
-            f"{config.epochs} epochs, seed {config.seed}{ranks}, into {out}")
+            f"epochs: {config.epochs}, seed {config.seed}{ranks}, into {out}")
         bar = not quiet and sys.stdout.isatty() and is_first()
         run = train_run(config, out, resume, progress=False, write=lambda o: say(f'\r{o:<79}' if bar else o),
                         cbs=[_terminal_bar()] if bar else [])

@@ -223,7 +223,7 @@ class Config:
     valid_every:int=1 # Validate after every so many epochs, and after the last
     keep:str='last' # Weights that the run ends with: of the last epoch, or of the best by validation mIoU
     sync_bn:bool=True # Share BatchNorm's statistics between the GPUs, where there are several?
-    paste:dict|None=None # Paste rare classes into other images? Options, or {} for the usual: p=0.5,power=1
+    paste:dict|None=None # Paste rare classes into other images? Options as p=0.3,power=1, or {} for the defaults
     erase:dict|None=None # Paint over a class of an image? Options, or {} for the usual: p=0.5,fill=noise
     def __post_init__(self):
         check_config(self)

@@ -909,7 +909,7 @@ class Run:
         return model
     def __repr__(self):
         o = self.config
-        return f"Run {self.folder.name}: {o.method}, {o.arch}, {o.data}, {o.epochs} epochs"
+        return f"Run {self.folder.name}: {o.method}, {o.arch}, {o.data}, epochs: {o.epochs}"
 
 # %% ../../nbs/70_run.experiment.ipynb #3a0aa440
 @patch
@@ -952,7 +952,7 @@ def subject(self:Run,
 ) -> Subject: # For `audit`, `colocation` and the other analyses
     "Open a run to look into it."
     model = self.load_model().to(default_device() if device is None else check_device(device))
-    about = f"run {self.folder.name} ({self.config.method}, {self.config.epochs} epochs on {self.config.data})"
+    about = f"run {self.folder.name} ({self.config.method} on {self.config.data}, epochs: {self.config.epochs})"
     counts = torch.tensor(self.metrics['pixel_counts'])
     def weights(): return prior_counts(self.folder)['offsets'][TAUS.index(1.)].neg().exp() # See `finish_run`
     known = self.config.weights!='none' and (self.folder/'prior.npz').is_file()

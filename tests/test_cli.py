@@ -420,8 +420,8 @@ def test_demo_compares_in_both_worlds(command, monkeypatch, tmp_path):
     assert code==0, err
     assert 'In context' in out and 'Out of context' in out and 'This is one seed' in out
     assert 'class paste, tuned' in out
-    for o in ('biased.png', 'unbiased.png', 'class_weights/metrics.json', 'dropclass/metrics.json', 'fade_weights/metrics.json',
-              'class_paste/metrics.json'):
+    for o in ('biased.png', 'unbiased.png', 'class_weights/metrics.json', 'dropclass/metrics.json',
+              'fade_weights/metrics.json', 'class_paste/metrics.json'):
         assert (tmp_path/'demo'/o).is_file()
     configs = [json.loads((tmp_path/'demo'/o/'config.json').read_text())
                for o in ('class_weights', 'dropclass', 'fade_weights', 'class_paste')]

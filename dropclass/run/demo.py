@@ -159,7 +159,8 @@ def demo_verdict(
     table = (gains.round(1)+0.).rename(index=lambda o: f'{o}, tuned').map('{:+.1f}'.format)
     return (f"Gain over class weights as trained, in points, each half of the images tuned on the other half:\n\n"
             f"{table.to_string()}\n\nThe first row is what tuning alone brings; what the others have beyond it is "
-            "their own. This is one seed: another (--seed 1) moves such figures by a point or so, on rare classes by more.")
+            "their own. This is one seed: another (--seed 1) moves such figures by a point or so, on rare classes by "
+            "more.")
 
 # %% ../../nbs/78_run.demo.ipynb #3821aaba
 _TITLES = dict(valid="In context: the biased world, where things stand where they belong",

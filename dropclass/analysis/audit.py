@@ -76,6 +76,14 @@ def _own_size(data):
     if hasattr(items, 'own_sizes'): data = full_size_dl(data)
     return data,[Path(o).name for o,_ in items.pairs] if hasattr(items, 'pairs') and not shuffles(data) else None
 
+# %% ../../nbs/65_analysis.audit.ipynb #65a0d17e
+def _named(subjects, labels):
+    "Give the networks their names in the report; None leaves them their own."
+    labels = [labels] if isinstance(labels, str) else labels or [o.label for o in subjects]
+    if len(labels)!=len(subjects):
+        raise ValueError(f"`labels` must name each network, {len(subjects)} in all, got {labels!r}")
+    return [s._replace(label=o) for s,o in zip(subjects, labels)]
+
 # %% ../../nbs/65_analysis.audit.ipynb #7876153a
 def audit(
     model, # Learner, `Run`, or any PyTorch network from images to class scores
@@ -95,10 +103,7 @@ def audit(
 ) -> Audit: # Measurements; `.report(path)` writes them
     "Measure what a trained network leans on, mixes up and misses."
     subjects = [open_model(model, class_names)] if other is None else [*open_both(model, other, class_names)]
-    labels = [labels] if isinstance(labels, str) else labels or [o.label for o in subjects]
-    if len(labels)!=len(subjects):
-        raise ValueError(f"`labels` must name each network, {len(subjects)} in all, got {labels!r}")
-    subjects = [s._replace(label=o) for s,o in zip(subjects, labels)]
+    subjects = _named(subjects, labels)
     first = subjects[0]
     data,names = _own_size(open_data(first, data, test))
     if iter(data) is data:

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from ..core import check_choice
-from ..prior import class_totals, counts_miou, counts_rates
+from ..prior import counts_miou, counts_rates
 from .compare import paired_difference
 from .experiment import load_run, prior_counts
 

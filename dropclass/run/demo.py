@@ -147,7 +147,7 @@ def demo_gains(
 ) -> pd.DataFrame: # Points of mIoU and rare mIoU in each world, a row for each network, tuned
     "Compare all networks, tuned, with class weights as trained."
     rows = tuned_rows(runs, {'as trained':0., 'tuned':'half'}, tuple(WORLDS))
-    gains = {title:gain_table(rows, 'class_weights', column, 'tuned', 'as trained').difference
+    gains = {title:gain_table(rows, 'class_weights', column, 'tuned', 'as trained').difference.sort_index()
              for column,title in (('miou','mIoU'), ('rare','rare mIoU'))}
     found = {(title,world):o.loc[test,'tuned'] for title,o in gains.items() for test,world in WORLDS.items()}
     return pd.DataFrame(found).reindex([*ARMS]).rename(index=ARMS)

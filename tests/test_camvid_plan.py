@@ -68,6 +68,7 @@ def test_every_plan_that_comes_along_is_sound():
 
 
 def test_interrupted_then_finished_then_skipped(home):
+    assert '0 of 3 runs are done, 0 to do' in go(home, '--seeds', '7').stdout
     process = subprocess.Popen(command(home, '--jobs', '1'), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                text=True)
     history = home/'runs'/'toy'/'plain-s0'/'history.csv'
@@ -196,7 +197,7 @@ def test_no_run_starts_with_code_that_changed_meanwhile(home, tmp_path, monkeypa
     hashes = iter(['a'*12, 'b'*12])
     monkeypatch.setattr(script, 'code_hash', lambda **kwargs: next(hashes))
     monkeypatch.setattr(script, 'start', lambda *args: pytest.fail('a run was started'))
-    args = argparse.Namespace(results=tmp_path, runs=tmp_path, arms=None, jobs=1, minutes=None, poll=0)
+    args = argparse.Namespace(results=tmp_path, runs=tmp_path, arms=None, seeds=None, jobs=1, minutes=None, poll=0)
     with pytest.raises(SystemExit): script.run_all(args, script.read_plan(str(home/'toy.json')))
     assert 'has changed' in capsys.readouterr().out and not script.read_rows(tmp_path/'toy.csv')
 

@@ -266,7 +266,8 @@ def run_all(args, plan):
     same = same_codes(args.results, code)
     check_code(read_rows(table), code, same)
     done = {(o['arm'], int(o['seed'])) for o in read_rows(table)}
-    todo = [o for o in plan['runs'] if o not in done and (not args.arms or o[0] in args.arms)]
+    todo = [(arm, seed) for arm,seed in plan['runs'] if (arm, seed) not in done
+            and (not args.arms or arm in args.arms) and (not args.seeds or seed in args.seeds)]
     end,running,failed = time.monotonic()+60*args.minutes if args.minutes else float('inf'),{},[]
     print(f"{plan['title']}\n{len(done)} of {len(plan['runs'])} runs are done, {len(todo)} to do, {args.jobs} at "
           f"once; code {code}", flush=True)
@@ -361,6 +362,7 @@ def main():
     parser.add_argument('--weights', type=Path, help='folder of the file of trained weights that a plan names')
     parser.add_argument('--jobs', type=int, default=2, help='runs at the same time')
     parser.add_argument('--arms', nargs='*', help='only these arms')
+    parser.add_argument('--seeds', nargs='*', type=int, help='only these seeds')
     parser.add_argument('--minutes', type=float, help='stop after this time; the rest can be resumed')
     parser.add_argument('--runs', type=Path, default=ROOT/'runs'/'camvid',
                         help='where run folders with weights and checkpoints go')

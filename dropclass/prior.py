@@ -50,8 +50,8 @@ def class_offsets(
 ) -> Tensor: # Offsets to add to the logits, (C,), or (T,C) for several tau; float32, mean 0 over the classes
     "Turn class weights or pixel counts into one constant per class, `-tau*log(w)`."
     if weights is None and counts is None:
-        raise ValueError("There are no class weights: give `weights`, those of the training loss, or for a network "
-                         "trained without any `counts`, the training pixels of each class")
+        raise ValueError("There are no class weights: give `weights`, those of the training loss, or, if it was "
+                         "trained without weights, `counts`: the training pixels of each class")
     values = check_amounts(counts) if weights is None else check_amounts(weights, 'weights')
     log = values.log().where(values>0, torch.nan)
     line = torch.nan_to_num(log.nanmean()-log) # A class of 0 stays where it is

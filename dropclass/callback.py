@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from operator import attrgetter, index
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from fastcore.basics import listify, patch, store_attr
+from fastcore.basics import patch, store_attr
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import CastToTensor
@@ -24,8 +24,8 @@ from .features import dropped_class, kept_sums, sample_keep_mask
 from .fused import fuses, resize_dropclass_loss
 from .head import HEAD_CHOICES, HEAD_OPTIONS, split_paths
 from .history import DropClassHistory
-from .learner import add_head, added_terms, class_labels, class_names, extend_optimizer, may_read_pred
-from .learner import only_predicts, show_pixel, take_answer
+from .learner import add_head, added_terms, check_alone, class_labels, class_names, extend_optimizer
+from .learner import listed_classes, may_read_pred, only_predicts, show_pixel, take_answer
 from .losses import StepPaths, check_per_pixel, check_void, choose_paths, cross_entropy_options
 from .losses import drop_path_losses, get_ignore_index, has_labels, strip_weights, total_loss
 from .ranks import pixel_shares, shared_weights
@@ -69,8 +69,7 @@ class DropClassCallback(Callback):
         head = {k:v for k,v in head.items() if v is not None}
         check_options(dict(alpha=alpha, normalize=normalize, fused=fused, seed=seed, **head))
         lam,drop_prob = as_schedule(lam, 'lam'),as_schedule(drop_prob, 'drop_prob')
-        classes = listify(never_drop.tolist() if hasattr(never_drop, 'tolist') else never_drop)
-        never_drop = tuple(o if isinstance(o, str) else index(o) for o in classes)
+        never_drop = listed_classes(never_drop)
         store_attr()
         self.head_options,self.log = head,DropClassHistory(self)
         self.drop_head = self.now = self.route = None
@@ -135,9 +134,7 @@ def after_create(self:DropClassCallback):
 @patch
 def check_fit(self:DropClassCallback):
     "Refuse what stands against a fit, before its first step."
-    many = sum(isinstance(cb, DropClassCallback) for cb in self.learn.cbs)
-    if many>1: raise ValueError(f"The fit has {many} DropClassCallbacks, and one trains the head: leave out `cbs`, or "
-                                "`learn.remove_cb` the Learner's own first")
+    check_alone(self)
     mixing = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
     if mixing: raise ValueError(f"{mixing[0]} blends the labels of two images, so no class can be masked: train "
                                 "without it, or without DropClassCallback")

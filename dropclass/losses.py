@@ -96,6 +96,7 @@ def cross_entropy_options(
     loss_func, # A loss: module, fastai loss, `functools.partial` or function
 ) -> dict|None: # `weight`, `ignore_index`, `label_smoothing`; None if it is no cross-entropy
     "Read the settings of a cross-entropy, also inside a wrapper."
+    loss_func = getattr(loss_func, '_orig_mod', loss_func) # What `torch.compile` wraps
     settings = {'weight':None, 'ignore_index':-100, 'label_smoothing':0., 'reduction':'mean'}
     if isinstance(loss_func, partial) and not loss_func.args:
         loss_func,settings = loss_func.func,{**settings, **loss_func.keywords}

@@ -23,6 +23,7 @@ from scipy import ndimage
 from .core import (ClassSpec, VOID, check_ignored, check_network, check_num_classes, check_target, eval_mode,
                             whole_labels)
 from .fused import resized_max
+from .losses import plain_tensor
 from .models import pick_logits, resize_logits
 from .ranks import sum_over_ranks
 
@@ -82,12 +83,12 @@ def confusion_matrix(
 def class_iou(
     confusion:Tensor, # Pixel counts (C,C), truth in rows
     ignore_index:int|None=None, # The void label if it is one of the C: that class has no IoU
-) -> Tensor: # IoU (C,), float64 in [0,1]; nan for a class that occurs nowhere
+) -> Tensor: # IoU (C,), float64 in [0,1]; nan for a class without a labelled pixel
     "Intersection over union of each class."
     counts = torch.as_tensor(confusion).double()
     hit = counts.diagonal()
-    union = counts.sum(0)+counts.sum(1)-hit
-    iou = torch.where(union>0, hit/union.clamp(min=1), torch.nan)
+    labelled,called = counts.sum(1),counts.sum(0)
+    iou = torch.where(labelled>0, hit/(labelled+called-hit).clamp(min=1), torch.nan)
     if ignore_index in range(len(iou)): iou[ignore_index] = torch.nan
     return iou
 
@@ -96,8 +97,8 @@ def mean_iou(
     confusion:Tensor, # Pixel counts (C,C), truth in rows
     classes=None, # Labels to average over; None takes all
     ignore_index:int|None=None, # The void label if it is one of the C: it does not count
-) -> float: # Mean in [0,1] over those of the classes that occur; nan if none does
-    "Mean IoU over the classes that occur."
+) -> float: # Mean in [0,1] over those of the classes that are labelled; nan if none is
+    "Mean IoU over the classes that are labelled."
     iou = class_iou(confusion, ignore_index)
     return float(iou.nanmean() if classes is None else iou[list(classes)].nanmean())
 
@@ -212,7 +213,10 @@ def batch_parts(
         if x is None or y is None: raise ValueError(f"A batch with the entries {', '.join(map(repr, batch))} does not "
             f"say which are images and labels: name them as one of {', '.join(IMAGE_KEYS)} and one of "
             f"{', '.join(LABEL_KEYS)}, or make it a tuple")
+    elif len(batch)<2: raise ValueError("This batch holds images without labels: give labelled images, in fastai "
+        "`dls.test_dl(files, with_labels=True)`")
     else: x,y = batch[0],batch[-1]
+    x = plain_tensor(x) # A compiled network stumbles over fastai's `TensorImage`
     return x, y[:,0] if y.ndim==x.ndim and y.shape[1]==1 else y
 
 # %% ../nbs/50_metrics.ipynb #800d1ee5

@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
-from fastcore.basics import listify, patch
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.learner import CastToTensor
-from .core import VOID, check_unit, step_generator
-from .learner import class_count, class_labels, class_names
+from .core import VOID, check_num_classes, check_unit, step_generator
+from .learner import check_alone, class_count, class_labels, class_names, listed_classes
 from .losses import get_ignore_index, plain_tensor
 from .ranks import num_ranks
 from .schedules import as_schedule, global_step, hold_ramp, schedule_value
-from .stats import class_counts
+from .stats import class_counts, warn_missing
 
 # %% ../nbs/31_paste.ipynb #a1f0c011
 def rarity_weights(
@@ -269,7 +269,7 @@ class ClassPasteCallback(Callback):
         **kwargs
     ):
         self.p,self.power,self.pixel_counts,self.seed,self.options = as_schedule(p, 'p'),power,pixel_counts,seed,kwargs
-        self.never = listify(never)
+        self.never = listed_classes(never)
         x,y,w = torch.zeros(2, 3, 4, 4),torch.zeros(2, 4, 4).long(),torch.ones(2)
         self.change(x, y, w, torch.Generator(), p=1., **kwargs) # A wrong option fails here
 
@@ -281,14 +281,21 @@ def find_weights(self:ClassPasteCallback) -> Tensor: # How often each class is d
     if counts is None:
         if C is None: raise ValueError("The DataLoaders do not say how many classes there are: pass `pixel_counts`")
         counts = class_counts(self.dls.train.dataset, C)
+    check_num_classes(len(counts))
+    if C not in (None, len(counts)):
+        raise ValueError(f"`pixel_counts` has {len(counts)} entries for {C} classes: give one per class")
     names = class_names(self.dls, len(counts))
+    if self.pixel_counts is None: warn_missing([name for name,n in zip(names, counts.tolist()) if not n])
     return rarity_weights(counts, self.power, class_labels(self.never, names, 'never'))
 
 # %% ../nbs/31_paste.ipynb #a1f0c143
 @patch
 def before_fit(self:ClassPasteCallback):
-    "Refuse blended labels."
+    "Refuse blended labels, and batches that have nothing to paste."
     if self.learn.lock.locked(): return # `get_preds` and `validate`, which fastai announces as fits
+    check_alone(self)
+    if getattr(self.dls.train, 'bs', None)==1:
+        raise ValueError("A batch of one image has no other image to cut from: use a batch size of 2 or more")
     mixing = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
     if mixing: raise ValueError(f"{mixing[0]} blends the labels of two images, so no class can be cut out: "
                                 f"train without it, or without {type(self).__name__}")
@@ -308,5 +315,8 @@ def before_batch(self:ClassPasteCallback):
     generator = step_generator(self.seed+self.stream, step*ranks+(dist.get_rank() if ranks>1 else 0))
     p,void = schedule_value(self.p, min(self.pct_train, 1.), name='p'),get_ignore_index(self.loss_func)
     options = dict(p=p, ignore_index=VOID if void is None else void, **self.options)
+    if any(torch.is_tensor(o) and o.ndim>2 for o in self.xb[1:]):
+        raise ValueError(f"A piece is pasted into one image, and this network reads {len(self.xb)}: put them into the "
+                         f"channels of one tensor, or train without {type(self).__name__}")
     x,y = self.change(self.xb[0], self.yb[0], self.weights, generator, **options)
     self.learn.xb,self.learn.yb = (x, *self.xb[1:]),(y, *self.yb[1:])

@@ -177,6 +177,7 @@ def prior_confusions(
             total += counts.sum(0)
             if per_image: images.append(class_totals(counts, ignore_index).cpu())
     if hasattr(dl, 'world_size'): total,images = sum_over_ranks(total),sum(gather_ranks(images), [])
+    if per_image and not images: raise ValueError("`dl` holds no batch: give batches of images and labels")
     return (total.cpu(), torch.cat(images)) if per_image else total.cpu()
 
 # %% ../nbs/32_prior.ipynb #31e3453e
@@ -184,10 +185,10 @@ def counts_iou(
     right:Tensor, # Pixels that are right, of each class (...,C)
     labelled:Tensor, # Pixels labelled so (...,C)
     predicted:Tensor, # Pixels predicted so (...,C)
-) -> Tensor: # IoU (...,C), float64 in [0,1]; nan for a class that occurs nowhere
+) -> Tensor: # IoU (...,C), float64 in [0,1]; nan for a class without a labelled pixel
     "Intersection over union of each class, from counts of any number of evaluations."
     union = (labelled+predicted-right).double()
-    return torch.where(union>0, right/union.clamp(min=1), torch.nan)
+    return torch.where(labelled>0, right/union.clamp(min=1), torch.nan)
 
 # %% ../nbs/32_prior.ipynb #9f29757a
 def counts_miou(
@@ -195,7 +196,7 @@ def counts_miou(
     labelled:Tensor, # Pixels labelled so (...,C)
     predicted:Tensor, # Pixels predicted so (...,C)
     classes:list|None=None, # Labels to average over; None takes all
-) -> Tensor: # Mean (...) over those of the classes that occur; nan if none does
+) -> Tensor: # Mean (...) over those of the classes that are labelled; nan if none is
     "Mean IoU of any number of evaluations."
     iou = counts_iou(right, labelled, predicted)
     return (iou if classes is None else iou[...,classes]).nanmean(-1)
@@ -417,6 +418,7 @@ def tune_prior(
     if dl is None: raise ValueError("Give `dl`, batches of images and labels to tune on")
     if not callable(metric): check_choice(metric, ['miou','rare_miou'], 'metric')
     taus = tuple(sorted({0., *map(float, taus)}))
+    if len(taus)<2: raise ValueError("`taus` holds 0 alone, the network as it is: give a value to try beside it")
     grid = tuning_grid(weights, counts, taus)
     void = VOID if ignore_index is None else ignore_index
     confusions,images = prior_confusions(model, dl, grid, void, per_image=True)
@@ -480,7 +482,7 @@ def add_bias(
     "Add to the bias of a layer, and remember what it was."
     own = layer.bias
     before = None if own is None else own.detach().clone()
-    if own is None: layer.bias = nn.Parameter(offsets.to(layer.weight))
+    if own is None: layer.bias = nn.Parameter(offsets.to(layer.weight), requires_grad=False) # No optimizer knows it
     else: own.data.add_(offsets.to(own))
     known = _unshifted.get(layer)
     if known and own is not None and torch.equal(known[1], before): before = known[0] # Shifted before
@@ -493,6 +495,16 @@ def put_back(
     before,_ = _unshifted.pop(layer)
     if before is None: layer.bias = None
     else: layer.bias.data.copy_(before)
+
+def shift_again(
+    layer:nn.Module, # A layer whose bias was put back
+    kept:tuple, # Its bias before and after the shift
+):
+    "Undo `put_back`, to the bit."
+    before,after = kept
+    if before is None: layer.bias = nn.Parameter(after.clone(), requires_grad=False)
+    else: layer.bias.data.copy_(after)
+    _unshifted[layer] = kept
 
 # %% ../nbs/32_prior.ipynb #97430a25
 def probe_logits(
@@ -575,8 +587,14 @@ def tune_prior(self:Learner,
     **kwargs, # `taus` and `ignore_index` of the function `tune_prior`
 ) -> PriorTuning: # What the pass found
     "Find the best tau and shift the network by it."
-    try: self.model = unshift_classes(self.model)
-    except ValueError: pass # Not shifted, or trained since: then this is the network to start from
-    found = tune_prior(self, dl, weights, counts, metric, **kwargs)
-    self.model = shift_classes(self.model, found.offsets, classifier)
+    model,kept = self.model,{o:_unshifted[o] for o in self.model.modules() if o in _unshifted}
+    try: self.model = unshift_classes(model)
+    except ValueError: kept = {} # Not shifted, or trained since: then this is the network to start from
+    try:
+        found = tune_prior(self, dl, weights, counts, metric, **kwargs)
+        self.model = shift_classes(self.model, found.offsets, classifier)
+    except BaseException: # Ctrl-C, too
+        self.model = model
+        for layer,o in kept.items(): shift_again(layer, o)
+        raise
     return found

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fastai.callback.core import Callback
 from fastai.learner import CastToTensor
 from .core import VOID, ClassSpec, check_choice, check_ignored
-from .learner import added_terms
+from .learner import added_terms, check_alone
 from .losses import (cross_entropy_options, labelled_pixels, loss_input, pixel_loss, plain_tensor,
                               strip_weights)
 from .prior import check_amounts, class_offsets
@@ -239,6 +239,7 @@ class FadeWeightsCallback(Callback):
 
     def before_fit(self):
         if self.learn.lock.locked(): return # `get_preds` or `validate`
+        check_alone(self)
         self.begun,options = False,cross_entropy_options(self.loss_func)
         if options is None:
             raise ValueError(f"{type(self.loss_func).__name__} is no cross-entropy, so its class weights cannot fade: "

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import DataLoader
 
 from dropclass.analysis.context import HARBOUR, harbour, train_harbour
 from dropclass.analysis.audit import RULES, audit, audit_advice, class_advice, pair_advice, picture_files
@@ -519,12 +520,14 @@ def test_labels_at_the_size_of_their_files(tmp_path):
     assert found.context.confusion.sum()==labelled and found.sizes==('24x32 (labels 48x64)',)
     assert {o['image'] for o in found.to_dict()['doubtful']}=={'000.png','001.png','002.png'}
 
-def test_shuffled_images_have_no_names(tmp_path):
-    "A number names no file where the order changes from pass to pass."
+def test_shuffled_images_are_refused(tmp_path):
+    "A number names no image where the order changes from pass to pass."
     from dropclass.data.camvid import camvid_dls, write_toy_camvid
     dls = camvid_dls(write_toy_camvid(tmp_path), size=(48,64), bs=2)
     named = lambda dl: audit(ToyNet(11), dl, dls.spec, progress=False).names
-    assert named(dls.valid)==['000.png','001.png','002.png'] and named(dls.valid.new(shuffle=True)) is None
+    assert named(dls.valid)==['000.png','001.png','002.png']
+    for shuffled in (dls.valid.new(shuffle=True), DataLoader(dls.valid.dataset, 2, shuffle=True)):
+        with pytest.raises(ValueError, match='does not shuffle'): named(shuffled)
 
 def test_two_networks_are_compared_on_classes_that_occur():
     "One stray pixel of a class that is in no image neither puts a network behind nor counts as a class."

@@ -274,6 +274,7 @@ def test_predict_sees_what_validation_saw(runs, command, tmp_path):
     ('audit', ['RUNS/plain', '--arch', 'small', '--out', 'NEW'], '`--arch` small is for weights files'),
     ('train', ['scenes', '--dropclass', 'alpha=1,alpha=2', '--out', 'NEW'], "gives 'alpha' twice"),
     ('tune', ['RUNS/plain', '--weights', '1,2'], '`--weights` is for --model'),
+    ('tune', ['--model', 'w.pth', '--arch', 'small', '--data', 'x', '--on', 'train'], '`--on` is for a run'),
     ('tune', ['RUNS/plain', '--taus', '0,x'], "numbers with commas between, '0.5,1,2' say, got '0,x'"),
     ('tune', ['--model', 'w.pth', '--arch', 'small', '--data', 'x', '--out', 'RUNS/plain/config.json'], 'is a file'),
     ('demo', ['--n-test', '-1', '--out', 'NEW'], 'at least 1 scene'),

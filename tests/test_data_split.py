@@ -13,7 +13,7 @@ from dropclass.analysis.subjects import open_images
 from dropclass.core import ClassSpec
 from dropclass.data.core import SegmentationItems, pair_files, write_toy_folder
 from dropclass.data.folder import folder_dls, folder_items
-from dropclass.data.split import brought_split, spread_classes, split_pairs, tile_hint
+from dropclass.data.split import brought_split, listed_images, spread_classes, split_pairs, tile_hint
 
 NAMES = ['ground','wall','sky']
 
@@ -61,6 +61,21 @@ def test_lists_that_contradict_are_refused(tmp_path):
     (root/'train.txt').write_text('000\n100\n')
     with pytest.raises(ValueError, match='train.txt names 1 images that are not there: 100'):
         folder_items(root/'images', root/'masks', NAMES)
+
+
+def test_a_list_takes_no_other_image_for_one_that_is_missing(tmp_path):
+    there,file = ['photo.jpg','photo (1).jpg','street.png','cam.png'],tmp_path/'valid.txt'
+    for line in ('photo (2).jpg','street 7.png','cam.7'):
+        file.write_text(line)
+        with pytest.raises(ValueError, match='1 images that are not there'): listed_images(there, file)
+    for line,i in (('photo (1).jpg',1), ('photo (1)',1), ('images/street.png masks/street.png',2), ('cam',3)):
+        file.write_text(line)
+        assert listed_images(there, file)=={i}
+
+
+def test_all_of_few_images_drawn_is_said(tmp_path):
+    pairs = [(f'{i}.png', f'{i}.png') for i in range(2)]
+    with pytest.raises(ValueError, match='All 2 images validate'): split_pairs(pairs, .9, counts=np.ones((2, 3)))
 
 
 def test_an_image_called_train_is_no_folder(tmp_path):

@@ -8,6 +8,8 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
+from fastai.data.core import DataLoaders
+from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastai.torch_core import TensorImage, TensorMask
 from hypothesis import given, settings, strategies as st
@@ -19,7 +21,7 @@ from dropclass.core import VOID, step_generator
 from dropclass.paste import ClassPasteCallback, count_labels, paste_classes, rarity_weights
 from dropclass.rivals import FadeWeightsCallback
 from dropclass.schedules import hold_ramp
-from dropclass.testing import toy_batch, toy_dls, toy_learner
+from dropclass.testing import ToyNet, toy_batch, toy_dls, toy_learner
 
 C = 4
 OPTIONS = [dict(), dict(components=True), dict(scale=(.5,2.)), dict(feather=2), dict(shift=(0,0), flip=0),
@@ -306,6 +308,21 @@ def test_mixup_is_refused():
     with pytest.raises(ValueError, match='MixUp blends the labels'): learn.fit(1)
 
 
+def test_what_would_paste_nothing_is_refused():
+    x,y = toy_batch(4)
+    data = [(o, torch.rand(1, *o.shape[1:]), t) for o,t in zip(x, y)]
+    dls = DataLoaders.from_dsets(data, data, bs=2, num_workers=0)
+    class Two(ToyNet):
+        def forward(self, x, depth): return super().forward(x)
+    learn = Learner(dls, Two(C), nn.CrossEntropyLoss(ignore_index=VOID), cbs=ClassPasteCallback(pixel_counts=[1]*C))
+    with pytest.raises(ValueError, match='this network reads 2'), learn.no_bar(), learn.no_logging(): learn.fit(1)
+    with pytest.raises(ValueError, match='no other image'): toy_learner(bs=1, cbs=ClassPasteCallback()).fit(1)
+    with pytest.raises(ValueError, match=f'2 entries for {C} classes'):
+        toy_learner(cbs=ClassPasteCallback(pixel_counts=[1,2])).fit(1)
+    learn = toy_learner(cbs=ClassPasteCallback())
+    with pytest.raises(ValueError, match='2 ClassPasteCallbacks'): learn.fit(1, cbs=ClassPasteCallback())
+
+
 def test_counts():
     "Counts are those of the training labels, by whatever way they come; names work in `never`."
     dls = toy_dls(num_classes=C)
@@ -314,7 +331,7 @@ def test_counts():
     learn = toy_learner(cbs=ClassPasteCallback(never='class 1'))
     learn.fit(1)
     assert torch.equal(learn.class_paste.weights, rarity_weights(counts, never=[1]))
-    given = toy_learner(cbs=ClassPasteCallback(never=[1], pixel_counts=counts.tolist()))
+    given = toy_learner(cbs=ClassPasteCallback(never=torch.tensor([1]), pixel_counts=counts.tolist()))
     given.fit(1)
     assert torch.equal(given.class_paste.weights, learn.class_paste.weights)
     with pytest.raises(ValueError, match="never"): toy_learner(cbs=ClassPasteCallback(never='sky')).fit(1)

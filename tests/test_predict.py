@@ -9,14 +9,15 @@ from torch import nn
 
 from dropclass.core import ClassSpec, write_json
 from dropclass.data.ade20k import ADE20K_LABEL_MAP
+from dropclass.data.camvid import write_toy_camvid
 from dropclass.data.cityscapes import CITYSCAPES, CITYSCAPES_IDS, CITYSCAPES_LABEL_MAP
-from dropclass.data.core import read_mask, write_toy_folder
+from dropclass.data.core import read_lines, read_mask, write_toy_folder
 from dropclass.prior import TAUS
 from dropclass.run.audit import audit_files
 from dropclass.run.compare import comparison
 from dropclass.run.config import Config
 from dropclass.run.experiment import train_run
-from dropclass.run.predict import file_labels, predict_images, predict_large, predict_mask
+from dropclass.run.predict import _open_run, file_labels, predict_images, predict_large, predict_mask
 from dropclass.run.tuned import tuned_text
 from dropclass.run.tune import tune_file, tune_run, tuned_model
 
@@ -58,6 +59,27 @@ def test_masks_have_the_labels_of_the_files(cityscapes_like, tmp_path):
         assert (ours==theirs)[known].mean()>.8
         colors = {7:run.spec.colors[0], 24:run.spec.colors[1], 33:run.spec.colors[2]}
         assert picture.convert('RGB').getpixel((5,5))==tuple(colors[ours[5,5]])
+
+
+def test_masks_of_a_camvid_with_codes_have_its_labels(tmp_path):
+    "Void stands among fastai's codes, so the classes behind it have other numbers in the files."
+    where = write_toy_camvid(tmp_path/'camvid', 'fastai')
+    codes = read_lines(where/'codes.txt')
+    run = train_run(Config(data='camvid', path=str(where), method='plain', epochs=1, bs=2, size=(48,64), threads=1),
+                    tmp_path/'run', progress=False, write=lambda o: None)
+    net = _open_run(run, False, None)
+    labels = file_labels(net.label_map, len(net.spec), net.spec.ignore_index)
+    assert [codes[i] for i in labels]==list(net.spec.names)
+
+
+def test_the_names_and_void_of_a_runs_files_hold_for_an_audit(tmp_path):
+    def change(images, masks):
+        for o in masks.iterdir(): o.rename(masks/f'{o.stem}_mask.png')
+        renamed(masks, [*range(255), 9])
+    run,*_ = folder_run(tmp_path, change, mask_name='{stem}_mask', ignore_index=9)
+    (tmp_path/'classes.txt').write_text('\n'.join(NAMES))
+    found = audit_files([run.folder], data=tmp_path, progress=False)
+    assert found.images==8 and found.spec.ignore_index==9
 
 
 def test_label_maps_of_data_sets_turn_round():

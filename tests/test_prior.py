@@ -208,6 +208,58 @@ def test_learner(tmp_path):
     assert all(torch.equal(v, restored[k]) for k,v in trained_state.items())
 
 
+def test_a_refused_second_tuning_changes_nothing():
+    "Whether the shift is in a bias, in one that the layer did not have, or behind the network."
+    for model in (None, bare(), squashed()):
+        learn = rare_learner(model=model)
+        learn.tune_prior(taus=[1.])
+        learn.model = shift_classes(learn.model, offsets) # Whatever tau was found
+        before,x = copy.deepcopy(learn.model.state_dict()),toy_batch(2, size=32)[0]
+        answer = logits(learn.model.eval(), x)
+        with pytest.raises(ValueError, match='one finite number'): learn.tune_prior(weights=[-1.]*C)
+        after = learn.model.state_dict()
+        assert after.keys()==before.keys() and all(torch.equal(v, after[k]) for k,v in before.items())
+        assert torch.equal(logits(learn.model.eval(), x), answer)
+        learn.tune_prior(taus=[1.]) # And the shift can still be taken back
+
+
+def test_a_bias_that_tuning_adds_is_not_trained():
+    "No optimizer knows it, so its gradients would add up and count in a clipped norm."
+    learn = rare_learner(model=bare())
+    learn.model = shift_classes(learn.model, offsets)
+    learn.fit(1)
+    bias = learn.model[-1].bias
+    assert bias.grad is None and torch.equal(bias, offsets)
+
+
+def test_silence_about_a_class_without_labels_is_no_gain():
+    "One stray pixel of a class that no tuning image holds: silencing it must not look like a gain."
+    class Fixed(nn.Module):
+        def __init__(self, out):
+            super().__init__()
+            self.out = nn.Parameter(out)
+        def forward(self, x): return self.out.expand(len(x), -1, -1, -1)
+    labels = torch.tensor([[[0,0,1,1]]])
+    scores = torch.tensor([[[[3.,3.,1.,0.]],[[0.,0.,0.,2.]],[[0.,0.,2.,0.]]]]) # The third pixel is called class 2, else 0
+    batches = [(torch.zeros(1, 3, 1, 4), labels)]*12
+    found = tune_prior(Fixed(scores), batches, [1.,1.,9.], taus=[2.])
+    assert found.scores.tolist()==pytest.approx([(1+1/2)/2, (2/3+1/2)/2]) and found.tau==0
+
+
+def test_compiled_networks_are_tuned():
+    "fastai's batches are of a tensor class that a compiled network stumbles over."
+    learn = rare_learner()
+    plain = tune_prior(learn.model, learn.dls.valid, weights)
+    compiled = torch.compile(learn.model, backend='eager')
+    assert torch.equal(tune_prior(compiled, learn.dls.valid, weights).confusions, plain.confusions)
+
+
+@pytest.mark.parametrize('dl,says', [([], 'holds no batch'), ([(torch.zeros(1, 3, 8, 8),)], 'with_labels=True')])
+def test_nothing_to_tune_on(dl, says):
+    with pytest.raises(ValueError, match=says): tune_prior(ToyNet(), dl, weights)
+    with pytest.raises(ValueError, match='holds 0 alone'): tune_prior(ToyNet(), [toy_batch(2)], weights, taus=[0.])
+
+
 def test_learner_whose_output_is_shifted():
     "A tail that squashes: the Learner goes on with a network around its own."
     learn = rare_learner(model=nn.Sequential(ToyNet(stride=1), nn.Hardtanh(-2, 2)))

@@ -62,7 +62,7 @@ class Audit:
         self.seen = f"{self.images} of {self.total}" if self.cut_short else f"{self.images}"
         self.shares = 100*self.pixel_counts.double()/self.pixel_counts.sum().clamp(min=1)
         self.order = self.pixel_counts.argsort(stable=True).tolist()
-        self.counted = [c for c in self.order if self.context.occurs[c] or len(self.networks)==1]
+        self.counted = [c for c in self.order if self.context.occurs[c]]
     @property
     def robustness(self): # Table 4 of two networks, or None
         return robustness_table(*(o.context for o in self.networks), k=self.k) if len(self.networks)>1 else None
@@ -74,7 +74,7 @@ def _own_size(data):
     "The same images with labels at the size of their files, and the names of the files, where our loader knows them."
     items = getattr(getattr(data, 'dataset', None), 'source', None)
     if hasattr(items, 'own_sizes'): data = full_size_dl(data)
-    return data,[Path(o).name for o,_ in items.pairs] if hasattr(items, 'pairs') and not shuffles(data) else None
+    return data,[Path(o).name for o,_ in items.pairs] if hasattr(items, 'pairs') else None
 
 # %% ../../nbs/65_analysis.audit.ipynb #65a0d17e
 def _named(subjects, labels):
@@ -108,7 +108,12 @@ def audit(
     data,names = _own_size(open_data(first, data, test))
     if iter(data) is data:
         raise ValueError("These images can be read only once, an audit reads them often: pass a list or a DataLoader")
+    if shuffles(data):
+        raise ValueError("These images come in another order each time, so a number names no image: "
+                         "pass a DataLoader that does not shuffle, such as `dls.valid`")
     counts = first.pixel_counts() if pixel_counts is None else torch.as_tensor(pixel_counts)
+    if counts is not None and len(counts)!=len(first.spec):
+        raise ValueError(f"`pixel_counts` has {len(counts)} entries for {len(first.spec)} classes: give one per class")
     options = dict(fill=fill, max_images=max_images, seed=seed)
     networks = [measure_network(o, data, counts, classifier, progress=progress, **options) for o in subjects]
     context = networks[0].context
@@ -117,7 +122,7 @@ def audit(
     counts,source = (context.confusion.sum(1), 'these images') if counts is None else (counts, 'the training set')
     for net,o in zip(networks, subjects): net.bias = class_bias(o, data, counts, max_images, progress)
     batches = iter_batches(show_progress(data, progress), max_images=max_images, alike=False)
-    iou = networks[0].iou.where(context.occurs, torch.nan)
+    iou = networks[0].iou
     worst = [c for c in iou.argsort(stable=True).tolist() if iou[c]<1][:weak]
     sizes,shown,counted = _last_pass(subjects, [o.trust for o in networks], data, worst, examples, batches)
     for net,o in zip(networks, counted): net.edges,net.objects = o

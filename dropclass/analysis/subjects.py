@@ -355,6 +355,9 @@ def open_images(
     label_map:dict|None=None, # File label of a folder's masks -> class or void
     in_chans:int=3, # Channels of a folder's images
     bits:int|None=None, # Bits that a folder's images of more than 8 use
+    image_name:str='{stem}', # Pattern of a folder's image files
+    mask_name:str='{stem}', # Pattern of its mask files
+    ignore_index:int=VOID, # The void label of a folder's masks
 ) -> tuple: # DataLoader, `ClassSpec`, and the pixels of each class in the training set (C,), or None
     "Open labelled images to look at a network with."
     kind,path = _kind_of(Path(path)),Path(path)
@@ -366,12 +369,13 @@ def open_images(
         raise ValueError(f"The network reads images of {in_chans} channels, those of {path} have 3: "
                          "give a folder of such images")
     read = dict(label_map=label_map, in_chans=in_chans, bits=bits)
-    if kind=='folder': return *_open_folder(path, names, fit=fit, read=read, **options),None
+    files = dict(image_name=image_name, mask_name=mask_name)
+    if kind=='folder': return *_open_folder(path, names, ignore_index, files, fit=fit, read=read, **options),None
     dls = scenes_dls(**options) if kind=='scenes' else camvid_dls(path, **options)
     return getattr(dls, test),dls.spec,class_counts(dls.train.dataset)
 
 # %% ../../nbs/59_analysis.subjects.ipynb #86d95f0b
-def _open_folder(path, names, bs, size=None, fit=False, read={}, **options):
+def _open_folder(path, names, ignore_index, files, bs, size=None, fit=False, read={}, **options):
     "DataLoader and classes of a folder with images, masks and class names."
     names = path/'classes.txt' if names is None else names
     listed = isinstance(names, (str,Path))
@@ -379,8 +383,8 @@ def _open_folder(path, names, bs, size=None, fit=False, read={}, **options):
         if not o.exists():
             raise FileNotFoundError(f"{path} has no {o.name}: a folder to look at holds `images`, `masks` and "
                                     "`classes.txt`, with one class name a line in the order of the labels")
-    spec = ClassSpec([o for o in read_lines(names) if o] if listed else names)
-    pairs = pair_files(path/'images', path/'masks')
+    spec = ClassSpec([o for o in read_lines(names) if o] if listed else names, ignore_index=ignore_index)
+    pairs = pair_files(path/'images', path/'masks', **files)
     if split := brought_split(pairs, path/'images'): pairs = split.valid # What its training did not see
     items = (FittedItems if fit else SegmentationItems)(pairs, spec, size, **read)
     return make_dls(items, items, spec, bs=min(bs, len(items)), **options).valid,spec

@@ -12,6 +12,7 @@ __all__ = ['FORMATS', 'ROTATION', 'MASK_MODES', 'LOSSY', 'CACHE_LIMIT', 'TRIES',
 
 # %% ../../nbs/40_data.core.ipynb #41a5da2b
 import re
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -230,7 +231,7 @@ def _by_stem(folder, pattern):
     for o in files:
         m = rule.fullmatch(o.stem)
         if not m: continue
-        key = (o.parent.relative_to(folder).as_posix(), m[1])
+        key = o.parent.relative_to(folder).as_posix(),unicodedata.normalize('NFC', m[1]) # Macs write accents apart
         if key in found: raise ValueError(f"{found[key]} and {o} have the same name: keep one of them")
         found[key] = o
     if not found:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import numpy as np
+from fastai.data.transforms import image_extensions
 from .core import read_lines
 
 # %% ../../nbs/48_data.split.ipynb #a229c24d
@@ -26,8 +27,8 @@ def _by_end(images):
 
 def _look_up(line, by_end):
     "Positions of the images that a line may mean."
-    paths = [PurePath(o) for o in (line, line.split()[0])]
-    tries = [t for o in paths for t in (o.as_posix(), o.name, o.stem)]
+    pictures = [o for o in map(PurePath, (line, line.split()[0])) if o.suffix.lower() in image_extensions]
+    tries = [line, PurePath(line).name, *[t for o in pictures for t in (o.as_posix(), o.name, o.stem)]]
     return next((by_end[o] for o in tries if o in by_end), set())
 
 # %% ../../nbs/48_data.split.ipynb #7a09c133
@@ -205,7 +206,7 @@ def _drawn(groups, share, seed, counts):
     if not 0<share<1: raise ValueError(f"`valid` must be a share between 0 and 1 or a text file, got {share}")
     units,rng = max(groups)+1,random.Random(seed)
     out = set(rng.sample(range(units), max(1, round(share*units))))
-    if counts is not None:
+    if counts is not None and len(out)<units:
         held = np.zeros((units, counts.shape[1]), dtype=bool)
         np.logical_or.at(held, groups, np.asarray(counts)>0)
         out = spread_classes(held, out, rng)

@@ -136,7 +136,7 @@ def tune(
     data:Path=None, # With --model: folder with images, masks and classes.txt, or a copy of CamVid
     weights:str=None, # With --model: class weights it was trained with, commas between (none: along pixel counts)
     size:str=None, # With --model: height x width to bring the images to, such as 192x256
-    on:str='valid', # Images of a run to tune on: valid, or train
+    on:str=None, # Images of a run to tune on: valid, or train (valid)
     # Values of tau to try, such as --taus=0,0.5,1,1.5,2: above 0 they take class weights back; of a network trained
     # without any they raise the rare classes (-0.5 to 1.5)
     taus:str=None,
@@ -149,11 +149,11 @@ def tune(
         from dropclass.prior import TAUS
         from dropclass.run.experiment import load_run
         from dropclass.run.tune import save_tuning, tune_file, tune_run
-        _check_tuned(run, model, dict(arch=arch, data=data, weights=weights, size=size, out=out))
+        _check_tuned(run, model, dict(arch=arch, data=data, weights=weights, size=size, out=out), on)
         taus = read_numbers(taus, '--taus') or TAUS
         if run is not None:
             opened = load_run(run)
-            found,names,out = tune_run(opened, on, metric, taus),list(opened.spec.names),run
+            found,names,out = tune_run(opened, on or 'valid', metric, taus),list(opened.spec.names),run
         else:
             given = read_numbers(weights, '--weights')
             found,names = tune_file(model, arch, data, given, read_size(size), metric, taus)
@@ -600,12 +600,13 @@ def show_options(
         print()
 
 # %% ../../nbs/72_run.cli.ipynb #689fbf07
-def _check_tuned(run, model, others):
+def _check_tuned(run, model, others, on):
     "Refuse to tune nothing, or two things, or with an option that would be ignored."
     if (run is None)==(model is None):
         raise ValueError("Give a run's folder, or --model with --arch and --data: one of the two")
     given = [k for k,v in others.items() if v is not None]
     if run is not None and given: raise ValueError(f"`--{given[0]}` is for --model, a run knows its own: leave it out")
+    if run is None and on: raise ValueError("`--on` is for a run; --data names the images of --model: leave it out")
     if run is None and None in (others['arch'], others['data']):
         raise ValueError("--model needs --arch, its architecture, and --data, labelled images")
     if others['out'] and others['out'].is_file(): raise FileExistsError(f"{others['out']} is a file: give a folder")

@@ -793,6 +793,7 @@ def finish_run(
     write_json(out/'confusion.json', {t:{p:cm.tolist() for p,cm in paths.items()} for t,paths in matrices.items()})
     metrics = dict(finished=True, epochs=config.epochs, weights_crc=zlib.crc32(weights), classes=list(spec.names),
                    colors=[list(o) for o in spec.colors], ignore_index=spec.ignore_index,
+                   label_map=getattr(getattr(learn.dls.valid.dataset, 'source', None), 'label_map', None),
                    pixel_counts=counts.tolist(), rare=rare, predicts=head.predicts if head else 'plain',
                    seconds=round(seconds, 1),
                    tests={t:{p:summarize(cm, rare) for p,cm in paths.items()} for t,paths in matrices.items()})
@@ -962,10 +963,10 @@ def subject(self:Run,
 # %% ../../nbs/70_run.experiment.ipynb #a2328da0
 def image_options(
     config:Config, # A run
-) -> dict: # `size`, `fit`, and where the run sets them `stats`, `label_map`, `in_chans` and `bits`
+) -> dict: # `size`, `fit`, and where the run sets them other options of its data set, see `open_images`
     "Tell how the images of a run were prepared."
     own = inspect.signature(data_function(config.data)).parameters['size'].default
     size = config.size or config.data_options.get('size', own)
-    set_there = {k:o for k in ('stats','fit','label_map','in_chans','bits')
-                 if (o := config.data_options.get(k)) is not None}
+    known = 'stats','fit','label_map','in_chans','bits','image_name','mask_name','ignore_index'
+    set_there = {k:o for k in known if (o := config.data_options.get(k)) is not None}
     return dict(size=size, **{'fit':config.data in ON_CANVAS, **set_there})

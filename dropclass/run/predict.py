@@ -220,10 +220,10 @@ def _open_run(run, tuned, device):
     from dropclass.core import check_device
     from dropclass.run.experiment import image_options
     from dropclass.run.tune import tuned_model
-    show = image_options(run.config)
-    read = {k:show.pop(k) for k in ('in_chans','bits') if k in show}
+    options = image_options(run.config)
+    show,read = ({k:options[k] for k in names if k in options} for names in (('size','fit','stats'), ('in_chans','bits')))
     renamed = getattr(import_module(f'dropclass.data.{run.config.data}'), f'{run.config.data.upper()}_LABEL_MAP', None)
-    label_map = show.pop('label_map', renamed)
+    label_map = run.metrics.get('label_map') or options.get('label_map', renamed)
     model = tuned_model(run) if tuned else run.load_model()
     device = default_device() if device is None else check_device(device)
     return _Labeller(model.to(device), run.spec, show, read, label_map)

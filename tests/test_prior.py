@@ -240,7 +240,8 @@ def test_silence_about_a_class_without_labels_is_no_gain():
             self.out = nn.Parameter(out)
         def forward(self, x): return self.out.expand(len(x), -1, -1, -1)
     labels = torch.tensor([[[0,0,1,1]]])
-    scores = torch.tensor([[[[3.,3.,1.,0.]],[[0.,0.,0.,2.]],[[0.,0.,2.,0.]]]]) # The third pixel is called class 2, else 0
+    # The third pixel is called class 2, else 0
+    scores = torch.tensor([[[[3.,3.,1.,0.]],[[0.,0.,0.,2.]],[[0.,0.,2.,0.]]]])
     batches = [(torch.zeros(1, 3, 1, 4), labels)]*12
     found = tune_prior(Fixed(scores), batches, [1.,1.,9.], taus=[2.])
     assert found.scores.tolist()==pytest.approx([(1+1/2)/2, (2/3+1/2)/2]) and found.tau==0

@@ -221,7 +221,8 @@ def _open_run(run, tuned, device):
     from dropclass.run.experiment import image_options
     from dropclass.run.tune import tuned_model
     options = image_options(run.config)
-    show,read = ({k:options[k] for k in names if k in options} for names in (('size','fit','stats'), ('in_chans','bits')))
+    show,read = ({k:options[k] for k in keys if k in options}
+                 for keys in (('size','fit','stats'), ('in_chans','bits')))
     renamed = getattr(import_module(f'dropclass.data.{run.config.data}'), f'{run.config.data.upper()}_LABEL_MAP', None)
     label_map = run.metrics.get('label_map') or options.get('label_map', renamed)
     model = tuned_model(run) if tuned else run.load_model()

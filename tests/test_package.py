@@ -181,7 +181,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
                         flags=re.MULTILINE|re.DOTALL)
     assert len(blocks)==1
     code = '\n'.join([readme_setup, *blocks, readme_checks])
-    for old,new in {'resnet34,': 'resnet18, pretrained=False,', 'fit_one_cycle(20,': 'fit_one_cycle(1,'}.items():
+    for old,new in {'resnet34,': 'resnet18, pretrained=False,', 'fine_tune(20,': 'fine_tune(1,'}.items():
         assert old in code
         code = code.replace(old, new)
     monkeypatch.chdir(tmp_path)

@@ -15,15 +15,12 @@ import torch
 from matplotlib.patches import Patch
 from PIL import Image
 
-from dropclass.core import ClassSpec, colorize
+from dropclass.core import colorize
 from dropclass.prior import shift_classes
 from dropclass.run.experiment import load_run, make_data, prior_counts
 from dropclass.run.tuned import Grid, best_tau
 
 ROOT = Path(__file__).resolve().parents[2]
-# Cityscapes paints all vehicles in dark blue, and people and riders in red
-BRIGHT = dict(car=(31, 90, 200), truck=(150, 75, 20), bus=(255, 150, 0), motorcycle=(0, 230, 230),
-              rider=(250, 170, 200))
 
 
 def tuned_model(folder):
@@ -58,8 +55,7 @@ def main():
     dls = make_data(run.config)
     matplotlib.use('agg')
     fig,axs = plt.subplots(3, 4, figsize=(8,4.2), layout='constrained')
-    spec = ClassSpec(run.spec.names, [BRIGHT.get(name, color) for name,color in zip(run.spec.names, run.spec.colors)])
-    row,seen = 0,set()
+    spec,row,seen = run.spec,0,set()
     for world,dl,n in (('in context', dls.valid, 1), ('out of context', dls.unbiased, 2)):
         x,y,*answers = predictions(models, dl)
         for i in most_different(y, *answers, run.metrics['rare'], n):

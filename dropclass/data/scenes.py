@@ -19,12 +19,11 @@ from ..core import VOID, ClassSpec, check_unit
 from .core import SegmentationDataset, make_dls
 
 # %% ../../nbs/41_data.scenes.ipynb #261e1bbf
+# Class name -> colour in pictures of masks: Cityscapes's, but for riders and vehicles, which are all alike there
 SCENE_COLORS = {'road':(128,64,128), 'sidewalk':(244,35,232), 'building':(70,70,70), 'pole':(153,153,153),
-                'traffic sign':(220,220,0),
-    'vegetation':(107,142,35), 'terrain':(152,251,152), 'sky':(70,130,180), 'person':(220,20,60), 'rider':(255,0,0),
-    'car':(0,0,142),
-    # Class name -> colour in pictures of masks
-    'truck':(0,0,70), 'bus':(0,60,100), 'motorcycle':(0,0,230), 'bicycle':(119,11,32)}
+    'traffic sign':(220,220,0), 'vegetation':(107,142,35), 'terrain':(152,251,152), 'sky':(70,130,180),
+    'person':(220,20,60), 'rider':(250,170,200), 'car':(31,90,200), 'truck':(150,75,20), 'bus':(255,150,0),
+    'motorcycle':(0,230,230), 'bicycle':(119,11,32)}
 
 LABEL = {name:i for i,name in enumerate(SCENE_COLORS)} # Class name -> label; what is not in here is drawn as void
 

@@ -600,7 +600,7 @@ def show_options(
         print()
 
 # %% ../../nbs/72_run.cli.ipynb #689fbf07
-def _check_tuned(run, model, others, on):
+def _check_tuned(run, model, others, on=None):
     "Refuse to tune nothing, or two things, or with an option that would be ignored."
     if (run is None)==(model is None):
         raise ValueError("Give a run's folder, or --model with --arch and --data: one of the two")

@@ -65,10 +65,11 @@ def class_labels(
 # %% ../nbs/28_learner.ipynb #5c73fa02
 def check_alone(
     cb:Callback, # A callback of a Learner
+    kind:type, # A class of callbacks, its subclasses included
 ):
-    "Refuse a second callback of the same kind."
-    many,kind = sum(type(o) is type(cb) for o in cb.learn.cbs),type(cb).__name__
-    if many>1: raise ValueError(f"The fit has {many} {kind}s, and one does the work: leave out `cbs`, or "
+    "Refuse a second callback of a kind."
+    many = sum(isinstance(o, kind) for o in cb.learn.cbs)
+    if many>1: raise ValueError(f"The fit has {many} {kind.__name__}s, and one does the work: leave out `cbs`, or "
                                 "`learn.remove_cb` the Learner's own first")
 
 # %% ../nbs/28_learner.ipynb #5c73fb12

@@ -767,3 +767,9 @@ def test_cancelled_fit_is_clean():
     assert len(cb.history)==2
     assert_clean(learn)
     assert learn.get_preds()[0].shape==(4, 4, 16, 16)
+
+
+def test_a_subclass_beside_the_callback_is_refused():
+    class Mine(DropClassCallback): pass
+    learn = toy_learner(cbs=DropClassCallback())
+    with pytest.raises(ValueError, match='2 DropClassCallbacks'): learn.fit(1, cbs=Mine())

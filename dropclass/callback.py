@@ -134,7 +134,7 @@ def after_create(self:DropClassCallback):
 @patch
 def check_fit(self:DropClassCallback):
     "Refuse what stands against a fit, before its first step."
-    check_alone(self, DropClassCallback)
+    check_alone(self)
     mixing = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]
     if mixing: raise ValueError(f"{mixing[0]} blends the labels of two images, so no class can be masked: train "
                                 "without it, or without DropClassCallback")

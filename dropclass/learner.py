@@ -65,11 +65,10 @@ def class_labels(
 # %% ../nbs/28_learner.ipynb #5c73fa02
 def check_alone(
     cb:Callback, # A callback of a Learner
-    kind:type, # A class of callbacks, its subclasses included
 ):
-    "Refuse a second callback of a kind."
-    many = sum(isinstance(o, kind) for o in cb.learn.cbs)
-    if many>1: raise ValueError(f"The fit has {many} {kind.__name__}s, and one does the work: leave out `cbs`, or "
+    "Refuse a second callback of the same name, which a subclass may share."
+    many,kind = sum(o.name==cb.name for o in cb.learn.cbs),type(cb).__name__
+    if many>1: raise ValueError(f"The fit has {many} {kind}s, and one does the work: leave out `cbs`, or "
                                 "`learn.remove_cb` the Learner's own first")
 
 # %% ../nbs/28_learner.ipynb #5c73fb12

@@ -293,7 +293,7 @@ def find_weights(self:ClassPasteCallback) -> Tensor: # How often each class is d
 def before_fit(self:ClassPasteCallback):
     "Refuse blended labels, and batches that have nothing to paste."
     if self.learn.lock.locked(): return # `get_preds` and `validate`, which fastai announces as fits
-    check_alone(self, type(self)) # Pasting and erasing go together
+    check_alone(self)
     if getattr(self.dls.train, 'bs', None)==1:
         raise ValueError("A batch of one image has no other image to cut from: use a batch size of 2 or more")
     mixing = [type(cb).__name__ for cb in self.learn.cbs if isinstance(cb, MixHandler)]

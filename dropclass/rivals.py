@@ -239,7 +239,7 @@ class FadeWeightsCallback(Callback):
 
     def before_fit(self):
         if self.learn.lock.locked(): return # `get_preds` or `validate`
-        check_alone(self, FadeWeightsCallback)
+        check_alone(self)
         self.begun,options = False,cross_entropy_options(self.loss_func)
         if options is None:
             raise ValueError(f"{type(self.loss_func).__name__} is no cross-entropy, so its class weights cannot fade: "
